@@ -1,0 +1,1 @@
+"""Influence of training examples and interaction-aware data selection for Lightning."""
