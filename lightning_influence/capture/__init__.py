@@ -1,0 +1,33 @@
+"""Per-example gradients out of a running model."""
+
+from __future__ import annotations
+
+from lightning_influence.capture.component import Component, find_components
+from lightning_influence.capture.examples import ExampleLoader
+from lightning_influence.capture.gradient_capture import Coverage, GradientCapture
+from lightning_influence.capture.losses import (
+    ClassificationLoss,
+    ExampleLoss,
+    FunctionLoss,
+    LanguageModelLoss,
+    ModuleLoss,
+    RegressionLoss,
+    resolve_loss,
+)
+from lightning_influence.capture.record import LayerRecord
+
+__all__ = [
+    "ClassificationLoss",
+    "Component",
+    "Coverage",
+    "ExampleLoader",
+    "ExampleLoss",
+    "FunctionLoss",
+    "GradientCapture",
+    "LanguageModelLoss",
+    "LayerRecord",
+    "ModuleLoss",
+    "RegressionLoss",
+    "find_components",
+    "resolve_loss",
+]

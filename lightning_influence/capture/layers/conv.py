@@ -1,0 +1,85 @@
+"""Convolutions, as matrix products over unfolded patches: nn.Conv1d, nn.Conv2d, nn.Conv3d."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_influence.capture.layers.base import LayerCall, LayerRule, widened
+from lightning_influence.capture.layers.linear import factored
+from lightning_influence.capture.record import DenseRecord, FactoredRecord
+
+
+class ConvRule(LayerRule):
+    """With the patch under output position t as a_t, a convolution is a linear layer over positions.
+
+    A grouped convolution has one small matrix per group; its gradient is formed at once, [n, o, i / groups].
+    """
+
+    module_types = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    kind = "conv"
+
+    def handles(self, module: nn.Module, parameters: Sequence[str]) -> bool:
+        """The torch classes with their own forward, any padding mode, stride, dilation and groups."""
+        own = any(type(module).forward is t.forward for t in self.module_types)
+        return own and super().handles(module, parameters)
+
+    def shape(self, module: nn.Module, parameters: Sequence[str]) -> tuple[int, ...]:
+        """(o, i / groups * kernel + bias)."""
+        weight = module.get_parameter("weight")
+        return (weight.shape[0], weight[0].numel() * ("weight" in parameters) + ("bias" in parameters))
+
+    def record(
+        self,
+        module: nn.Module,
+        parameters: Sequence[str],
+        call: LayerCall,
+        ids: Tensor,
+        mask: Tensor | None,
+    ) -> FactoredRecord | DenseRecord:
+        """Patches [n, t, i + bias] and output gradients [n, t, o] over the output's positions t."""
+        gradients = widened(call.gradients[0]).flatten(2).mT
+        patches = _patches(module, widened(call.input))
+        groups = int(module.groups)  # type: ignore[arg-type]
+        if groups == 1:
+            return factored(patches.flatten(2), gradients, parameters, ids, None)
+        n, t, o = gradients.shape
+        parts = []
+        if "weight" in parameters:
+            a = patches.reshape(n, t, groups, -1)
+            s = gradients.reshape(n, t, groups, o // groups)
+            parts.append(torch.einsum("ntgo,ntgi->ngoi", s, a).reshape(n, o, -1))
+        if "bias" in parameters:
+            parts.append(gradients.sum(1).unsqueeze(-1))
+        return DenseRecord(ids, torch.cat(parts, dim=2))
+
+    def split(self, module: nn.Module, parameters: Sequence[str], gradients: Tensor) -> dict[str, Tensor]:
+        """Weight columns first, then the bias column."""
+        out = {}
+        if "bias" in parameters:
+            out["bias"] = gradients[:, :, -1]
+            gradients = gradients[:, :, :-1]
+        if "weight" in parameters:
+            out["weight"] = gradients.reshape(-1, *module.get_parameter("weight").shape)
+        return out
+
+
+def _patches(module: nn.Module, inputs: Tensor) -> Tensor:
+    """The input under each output position: [n, c, *space] -> [n, t, c, kernel elements]."""
+    assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    # Pairs from the last dimension on, also for padding="same"; the layer pads with them itself unless "zeros".
+    pads = module._reversed_padding_repeated_twice
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    windows = F.pad(inputs, pads, mode=mode)
+    for d, (kernel, stride, dilation) in enumerate(
+        zip(module.kernel_size, module.stride, module.dilation, strict=True)
+    ):
+        windows = windows.unfold(2 + d, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+    space = windows.dim() // 2 - 1
+    n, c = windows.shape[:2]
+    ordered = windows.permute(0, *range(2, 2 + space), 1, *range(2 + space, 2 + 2 * space))
+    t = ordered.shape[1 : 1 + space].numel()
+    return ordered.reshape(n, t, c, -1)

@@ -1,0 +1,271 @@
+"""Per-example gradients of one component for one batch, kept in the form that is cheapest to work with.
+
+A linear layer's gradient is a sum of outer products over positions, so inner products, norms and contractions
+can be had from its factors. Every method here picks the factored or the materialised way by counting
+multiplications; both give the same numbers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+# Elements of one intermediate: 16 MiB of float32, small against a batch's activations, large for a matmul.
+CHUNK = 4 * 1024 * 1024
+
+
+class LayerRecord(ABC):
+    """Gradients g_i of n examples for one component, shape [n, *component.shape].
+
+    Attributes:
+        ids: Ids of the examples, int64 [n].
+    """
+
+    ids: Tensor
+
+    def __len__(self) -> int:
+        """Number of examples n."""
+        return len(self.ids)
+
+    @abstractmethod
+    def example_gradients(self) -> Tensor:
+        """All gradients, [n, *component.shape], float32 (float64 for a float64 model)."""
+
+    @abstractmethod
+    def narrow(self, start: int, stop: int) -> LayerRecord:
+        """The record of examples start..stop-1."""
+
+    @property
+    @abstractmethod
+    def example_numel(self) -> int:
+        """Size of one example's gradient."""
+
+    def chunks(self) -> Sequence[LayerRecord]:
+        """The record in pieces whose materialised gradients stay small."""
+        step = max(1, CHUNK // max(1, self.example_numel))
+        return [self.narrow(k, min(k + step, len(self))) for k in range(0, len(self), step)]
+
+    def contract(self, gradients: Tensor) -> Tensor:
+        """Inner products of given matrices with every example: [q, *component.shape] -> [q, n]."""
+        left = gradients.flatten(1)
+        return torch.cat([left @ part.example_gradients().flatten(1).mT for part in self.chunks()], dim=1)
+
+    def dot_products(self, other: LayerRecord) -> Tensor:
+        """Inner products with the examples of another record of the same component, [n, m]."""
+        parts = [other.contract(part.example_gradients()) for part in self.chunks()]
+        return torch.cat(parts)
+
+    def squared_norms(self) -> Tensor:
+        """Squared Euclidean norm of each example's gradient, [n]."""
+        return torch.cat([part.example_gradients().flatten(1).square().sum(1) for part in self.chunks()])
+
+
+@dataclass(frozen=True)
+class FactoredRecord(LayerRecord):
+    """``g = sum_t gradients_t inputs_t^T`` with shape (o, i).
+
+    Attributes:
+        ids: [n].
+        inputs: What the layer multiplied, [n, t, i], with a column of ones for a bias.
+        gradients: Gradient of each example's loss with respect to the layer's output, [n, t, o].
+        mask: Positions that belong to the example, bool [n, t]; None for all. The gradient itself needs no
+            mask (output gradients are zero elsewhere), second moments of the inputs do.
+    """
+
+    ids: Tensor
+    inputs: Tensor
+    gradients: Tensor
+    mask: Tensor | None = None
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """(n, t, i, o)."""
+        n, t, i = self.inputs.shape
+        return n, t, i, self.gradients.shape[2]
+
+    @property
+    def example_numel(self) -> int:
+        """o * i."""
+        return self.inputs.shape[2] * self.gradients.shape[2]
+
+    def narrow(self, start: int, stop: int) -> FactoredRecord:
+        """Examples start..stop-1."""
+        mask = None if self.mask is None else self.mask[start:stop]
+        return FactoredRecord(self.ids[start:stop], self.inputs[start:stop], self.gradients[start:stop], mask)
+
+    def example_gradients(self) -> Tensor:
+        """[n, o, i]."""
+        return torch.bmm(self.gradients.mT, self.inputs)
+
+    def contract(self, gradients: Tensor) -> Tensor:
+        """[q, o, i] -> [q, n]: s^T (V a) for one position or one matrix, else through the small g = sum s a^T."""
+        n, t, i, o = self.sizes
+        q = len(gradients)
+        if q * t > q + t:
+            return super().contract(gradients)
+        step = max(1, CHUNK // max(1, q * t * o))
+        parts = []
+        for part in (self.narrow(k, min(k + step, n)) for k in range(0, n, step)):
+            moved = part.inputs.reshape(-1, i) @ gradients.reshape(q * o, i).mT
+            moved = moved.reshape(len(part), t, q, o)
+            parts.append(torch.einsum("ntqo,nto->qn", moved, part.gradients))
+        return torch.cat(parts, dim=1)
+
+    def dot_products(self, other: LayerRecord) -> Tensor:
+        """[n, m]: sum over t, t' of (a_t . a'_t')(s_t . s'_t') when positions are few ([SP] A.2)."""
+        if not isinstance(other, FactoredRecord):
+            return super().dot_products(other)
+        n, t, i, o = self.sizes
+        m, u = other.inputs.shape[:2]
+        if n * m * t * u * (i + o) >= (n * t + m * u + n * m) * i * o:
+            return super().dot_products(other)
+        step = max(1, CHUNK // max(1, t * m * u))
+        parts = []
+        for part in (self.narrow(k, min(k + step, n)) for k in range(0, n, step)):
+            inner = part.inputs.reshape(-1, i) @ other.inputs.reshape(-1, i).mT
+            inner *= part.gradients.reshape(-1, o) @ other.gradients.reshape(-1, o).mT
+            parts.append(inner.reshape(len(part), t, m, u).sum((1, 3)))
+        return torch.cat(parts)
+
+    def squared_norms(self) -> Tensor:
+        """[n], from t x t Gram matrices when those are smaller than the gradient."""
+        _, t, i, o = self.sizes
+        if t * (i + o) >= i * o:
+            return super().squared_norms()
+        grams = torch.bmm(self.inputs, self.inputs.mT)
+        grams *= torch.bmm(self.gradients, self.gradients.mT)
+        return grams.sum((1, 2))
+
+    def joined(self, other: FactoredRecord) -> FactoredRecord:
+        """The same layer called twice: its positions follow one another."""
+        mask = None
+        if self.mask is not None and other.mask is not None:
+            mask = torch.cat([self.mask, other.mask], dim=1)
+        inputs = torch.cat([self.inputs, other.inputs], dim=1)
+        return FactoredRecord(self.ids, inputs, torch.cat([self.gradients, other.gradients], dim=1), mask)
+
+
+@dataclass(frozen=True)
+class IndexedRecord(LayerRecord):
+    """Embedding: row ``indices_t`` of the weight received ``gradients_t``; shape (V, d).
+
+    Attributes:
+        ids: [n].
+        indices: Looked-up rows, int64 [n, t].
+        gradients: [n, t, d], zero where nothing flows (padding).
+        rows: V.
+    """
+
+    ids: Tensor
+    indices: Tensor
+    gradients: Tensor
+    rows: int
+
+    @property
+    def example_numel(self) -> int:
+        """V * d."""
+        return self.rows * self.gradients.shape[2]
+
+    def narrow(self, start: int, stop: int) -> IndexedRecord:
+        """Examples start..stop-1."""
+        return replace(
+            self,
+            ids=self.ids[start:stop],
+            indices=self.indices[start:stop],
+            gradients=self.gradients[start:stop],
+        )
+
+    def example_gradients(self) -> Tensor:
+        """[n, V, d]: large; the methods below avoid it."""
+        n, _, d = self.gradients.shape
+        out = self.gradients.new_zeros(n, self.rows, d)
+        return out.scatter_add_(1, self.indices.unsqueeze(-1).expand_as(self.gradients), self.gradients)
+
+    def contract(self, gradients: Tensor) -> Tensor:
+        """[q, V, d] -> [q, n]: only the looked-up rows matter."""
+        picked = gradients[:, self.indices.reshape(-1)].reshape(len(gradients), *self.gradients.shape)
+        return torch.einsum("qntd,ntd->qn", picked, self.gradients)
+
+    def dot_products(self, other: LayerRecord) -> Tensor:
+        """[n, m]: positions that looked up the same row."""
+        if not isinstance(other, IndexedRecord):
+            return super().dot_products(other)
+        rows = []
+        for part in (self.narrow(k, k + 1) for k in range(len(self))):
+            same = part.indices.reshape(-1, 1, 1) == other.indices
+            inner = torch.einsum("td,mud->tmu", part.gradients[0], other.gradients)
+            rows.append((inner * same).sum((0, 2)))
+        return torch.stack(rows)
+
+    def squared_norms(self) -> Tensor:
+        """[n]."""
+        same = self.indices.unsqueeze(2) == self.indices.unsqueeze(1)
+        return (torch.bmm(self.gradients, self.gradients.mT) * same).sum((1, 2))
+
+
+@dataclass(frozen=True)
+class DenseRecord(LayerRecord):
+    """Gradients as they are, for small parameters and layers without structure: values [n, *shape]."""
+
+    ids: Tensor
+    values: Tensor
+
+    @property
+    def example_numel(self) -> int:
+        """Product of the shape."""
+        return self.values[0].numel()
+
+    def narrow(self, start: int, stop: int) -> DenseRecord:
+        """Examples start..stop-1."""
+        return DenseRecord(self.ids[start:stop], self.values[start:stop])
+
+    def example_gradients(self) -> Tensor:
+        """The values."""
+        return self.values
+
+
+@dataclass(frozen=True)
+class SumRecord(LayerRecord):
+    """Tied parameters: the gradient is the sum of the parts' gradients."""
+
+    ids: Tensor
+    parts: tuple[LayerRecord, ...]
+
+    @property
+    def example_numel(self) -> int:
+        """That of any part."""
+        return self.parts[0].example_numel
+
+    def narrow(self, start: int, stop: int) -> SumRecord:
+        """Examples start..stop-1."""
+        return SumRecord(self.ids[start:stop], tuple(p.narrow(start, stop) for p in self.parts))
+
+    def example_gradients(self) -> Tensor:
+        """Sum of the parts, [n, *shape]."""
+        total = self.parts[0].example_gradients()
+        for part in self.parts[1:]:
+            total = total + part.example_gradients()
+        return total
+
+    def contract(self, gradients: Tensor) -> Tensor:
+        """Linear, so part by part."""
+        return torch.stack([part.contract(gradients) for part in self.parts]).sum(0)
+
+
+def merged(records: Sequence[LayerRecord]) -> LayerRecord:
+    """One record for all calls and uses of a component in a batch."""
+    if len(records) == 1:
+        return records[0]
+    first, second, *rest = records
+    both: LayerRecord
+    if isinstance(first, FactoredRecord) and isinstance(second, FactoredRecord):
+        both = first.joined(second)
+    elif isinstance(first, DenseRecord) and isinstance(second, DenseRecord):
+        both = DenseRecord(first.ids, first.values + second.values)
+    else:
+        both = SumRecord(first.ids, (first, second))
+    return merged([both, *rest])
