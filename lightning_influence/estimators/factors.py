@@ -1,0 +1,241 @@
+"""Group influence in factored form, checked once: what `Interactions` evaluates and a selection rule minimises."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from numbers import Integral
+
+import torch
+from torch import Tensor
+
+Id = int | str
+
+_BLOCK_ON_CPU = 2**18  # elements: a float64 copy of a block stays in the cache, converting it costs no time
+_BLOCK_ELSEWHERE = 2**26
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """First-order values b and interactions K = F M Fᵀ of a pool of n examples; K itself is never formed.
+
+    With U_S = Σ_{i∈S} f_i, adding the group S changes the target loss by −Σ_{i∈S} b_i + ½ U_Sᵀ M U_S
+    ([IA] section 3.1, eq. 8). Products are accumulated in float64 whatever the dtype of the features.
+
+    Attributes:
+        values: b [n], float64; b_i > 0: adding example i lowers the target loss.
+        features: F [n, r] in the dtype and on the device in which they were given; None: no interactions.
+        metric: M [r, r], float64, symmetric, not necessarily definite; None: the identity.
+        ids: one id per row.
+    """
+
+    values: Tensor
+    features: Tensor | None
+    metric: Tensor | None
+    ids: tuple[Id, ...]
+
+    @classmethod
+    def checked(
+        cls,
+        call: str,
+        values: Tensor,
+        features: Tensor | None = None,
+        metric: Tensor | None = None,
+        ids: Iterable[Id] | None = None,
+    ) -> Factors:
+        """Factors from a caller's arguments; ``call`` is how the caller's code reads, for the error text.
+
+        Raises:
+            ValueError: If the pool is empty, shapes do not fit, ids repeat or are of mixed types, numbers are
+                NaN or infinite (the ids are named), or the metric is not symmetric.
+        """
+        values = _values(call, values)
+        names = check_ids(call, ids, len(values))
+        features = _features(call, features, len(values))
+        metric = _metric(call, metric, features)
+        device = values.device if features is None else features.device
+        metric = metric if metric is None else metric.to(device)
+        factors = cls(values.to(device), features, metric, names)
+        factors._check_finite(call)
+        return factors
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def id_ranks(self) -> Tensor:
+        """Place [n] of each row's id among the sorted ids: the order in which ties are resolved."""
+        ranks = torch.empty(len(self), dtype=torch.long)
+        by_id = sorted(range(len(self)), key=self.ids.__getitem__)
+        ranks[torch.tensor(by_id)] = torch.arange(len(self))
+        return ranks.to(self.values.device)
+
+    @cached_property
+    def rows(self) -> dict[Id, int]:
+        """Row number of each id."""
+        return {name: row for row, name in enumerate(self.ids)}
+
+    def lift(self, shifts: Tensor) -> Tensor:
+        """M applied to parameter shifts [..., r], float64."""
+        return shifts.double() if self.metric is None else shifts.double() @ self.metric
+
+    def shift(self, rows: Sequence[int]) -> Tensor:
+        """U_S = Σ f_i over some rows, [r], float64; r = 0 without interactions."""
+        if self.features is None:
+            return self.values.new_zeros(0)
+        total = self.values.new_zeros(self.features.shape[1])
+        for block in self._blocks(rows):
+            total += block.sum(dim=0)
+        return total
+
+    def products(self, direction: Tensor) -> Tensor:
+        """F·direction [n] for a direction [r] in feature space, float64."""
+        return torch.cat([block @ direction for block in self._blocks()])
+
+    def self_interactions(self) -> Tensor:
+        """K_jj = f_jᵀ M f_j [n], float64."""
+        return torch.cat([(block * self.lift(block)).sum(dim=1) for block in self._blocks()])
+
+    def norms(self) -> Tensor:
+        """Euclidean norm ‖f_j‖ [n], float64."""
+        return torch.cat([block.norm(dim=1) for block in self._blocks()])
+
+    def in_order(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """First-order and interaction part [len(rows)] of the change that each row causes when added in turn.
+
+        With S the rows before j: −b_j and ⟨U_S, M f_j⟩ + ½ f_jᵀ M f_j ([IA] section 3.2, eq. 12).
+        """
+        first_order = -self.values[self._index(rows)]
+        if self.features is None or len(rows) == 0:
+            return first_order, torch.zeros_like(first_order)
+        parts, before = [], self.shift([])
+        for block in self._blocks(rows):
+            midway = before + block.cumsum(dim=0) - 0.5 * block  # U_S + ½ f_j
+            parts.append((midway * self.lift(block)).sum(dim=1))
+            before = before + block.sum(dim=0)
+        return first_order, torch.cat(parts)
+
+    def _index(self, rows: Sequence[int]) -> Tensor:
+        return torch.as_tensor(rows, dtype=torch.long, device=self.values.device)
+
+    def _blocks(self, rows: Sequence[int] | None = None) -> Iterator[Tensor]:
+        """All features, or those of some rows, in float64, a few rows at a time."""
+        assert self.features is not None
+        elements = _BLOCK_ON_CPU if self.features.device.type == "cpu" else _BLOCK_ELSEWHERE
+        size = max(1, elements // self.features.shape[1])
+        index = None if rows is None else self._index(rows)
+        for start in range(0, len(self) if index is None else len(index), size):
+            part = slice(start, start + size)
+            yield self.features[part if index is None else index[part]].double()
+
+    def _check_finite(self, call: str) -> None:
+        finite = {"values": self.values.isfinite()}
+        if self.features is not None:
+            finite["features"] = torch.cat([block.isfinite().all(dim=1) for block in self._blocks()])
+        for argument, good in finite.items():
+            check_finite(call, argument, good, self.ids)
+
+
+def few(names: Sequence[Id], limit: int = 5) -> str:
+    """The first few of a list of ids, for an error text.
+
+    >>> few([3, 1, 4, 1, 5, 9, 2])
+    'ids 3, 1, 4, 1, 5, ... (2 more)'
+    """
+    more = f", ... ({len(names) - limit} more)" if len(names) > limit else ""
+    return ("id " if len(names) == 1 else "ids ") + ", ".join(repr(name) for name in names[:limit]) + more
+
+
+def check_ids(call: str, ids: Iterable[Id] | None, n: int) -> tuple[Id, ...]:
+    """Ids of a pool of n examples as plain ints or strs, row numbers for None; raises ValueError if unfit."""
+    if ids is None:
+        return tuple(range(n))
+    given = [_plain(name) for name in (ids.tolist() if hasattr(ids, "tolist") else ids)]
+    if len(given) != n:
+        raise ValueError(f"`{call}(ids)`: expected one id for each of the {n} values. Got {len(given)}.")
+    kinds = sorted({type(name).__name__ for name in given})
+    if kinds not in (["int"], ["str"]):
+        raise ValueError(f"`{call}(ids)`: expected ids that are all int or all str. Got {', '.join(kinds)}.")
+    names = tuple(name for name in given if isinstance(name, int | str))
+    repeated = [name for name, times in Counter(names).items() if times > 1]
+    if repeated:
+        raise ValueError(f"`{call}(ids)`: expected unique ids. More than once: {few(repeated)}.")
+    return names
+
+
+def check_finite(call: str, argument: str, finite: Tensor, ids: Sequence[Id], what: str = "examples") -> None:
+    """Raises ValueError with the ids of the examples [n] whose ``argument`` is not ``finite``."""
+    if finite.all():
+        return
+    bad = [ids[row] for row in (~finite).nonzero().flatten().tolist()]
+    raise ValueError(
+        f"`{call}({argument})`: expected finite numbers. {len(bad)} of {len(finite)} {what} have NaN or infinite "
+        f"{argument}: {few(bad)}. Look at their loss, or leave them out."
+    )
+
+
+def _values(call: str, values: Tensor) -> Tensor:
+    values = torch.as_tensor(values).detach()
+    if values.dim() != 1 or values.is_complex():
+        raise ValueError(f"`{call}(values)`: expected a real tensor [n], one number per example. Got {_shape(values)}.")
+    if len(values) == 0:
+        raise ValueError(f"`{call}(values)`: expected at least one example. The pool is empty.")
+    return values.double()
+
+
+def _features(call: str, features: Tensor | None, n: int) -> Tensor | None:
+    if features is None:
+        return None
+    features = torch.as_tensor(features).detach()
+    if features.dim() != 2 or features.shape[0] != n or features.shape[1] == 0 or features.is_complex():
+        raise ValueError(
+            f"`{call}(features)`: expected a real tensor [n, r], one row for each of the n = {n} values and "
+            f"r >= 1. Got {_shape(features)}."
+        )
+    return features
+
+
+def _metric(call: str, metric: Tensor | None, features: Tensor | None) -> Tensor | None:
+    if metric is None:
+        return None
+    metric = torch.as_tensor(metric).detach()
+    if features is None:
+        raise ValueError(f"`{call}(metric)`: expected features to go with the metric. Pass `features` [n, r] too.")
+    r = features.shape[1]
+    if metric.shape != (r, r) or metric.is_complex():
+        raise ValueError(
+            f"`{call}(metric)`: expected a real tensor [r, r] with r = {r}, the columns of the features. "
+            f"Got {_shape(metric)}."
+        )
+    if not metric.isfinite().all():
+        raise ValueError(f"`{call}(metric)`: expected finite numbers. The metric holds NaN or infinity.")
+    return _symmetric(call, metric)
+
+
+def _symmetric(call: str, metric: Tensor) -> Tensor:
+    """Metric in float64, the rounding of its own dtype averaged out."""
+    rounding = math.sqrt(torch.finfo(metric.dtype).eps) if metric.is_floating_point() else 0.0
+    metric = metric.double()
+    if (metric - metric.T).abs().max() > rounding * metric.abs().max():
+        raise ValueError(
+            f"`{call}(metric)`: expected a symmetric matrix, as a Hessian or Fisher is; it need not be definite. "
+            "Pass (metric + metric.T) / 2 if the difference is only rounding."
+        )
+    return (metric + metric.T) / 2
+
+
+def _plain(name: object) -> object:
+    """An id as a plain int or str where it is one of numpy's."""
+    if isinstance(name, bool):
+        return name  # True is no row number; the caller refuses it by its type
+    if isinstance(name, Integral):
+        return int(name)
+    return str(name) if isinstance(name, str) else name
+
+
+def _shape(tensor: Tensor) -> str:
+    kind = "complex " if tensor.is_complex() else ""
+    return f"a {kind}tensor of shape {list(tensor.shape)}"

@@ -1,0 +1,254 @@
+"""Influence of a group of training examples: first order (F), and with interactions (F+I)."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
+from numbers import Real
+from typing import Literal, Protocol, TypeVar, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_influence.estimators.factors import Factors, Id, check_finite, check_ids, few
+
+Change = Literal["removal", "addition"]
+Picks = TypeVar("Picks")
+Picks_co = TypeVar("Picks_co", covariant=True)
+
+FORMULA = "removal ∇fᵀU_S + ½ U_Sᵀ H_f U_S, addition −∇fᵀU_S + ½ U_Sᵀ H_f U_S ([IA] section 3.1, eq. 7 and 8)"
+_FROM_SCORES = "Interactions.from_scores"
+
+
+class ScoreMatrix(Protocol):
+    """Labelled scores, as `Scores` has them: score > 0 means adding the training example lowers the target."""
+
+    @property
+    def train_ids(self) -> Sequence[Id]:
+        """One id per column."""
+
+    def total(self) -> Tensor:
+        """Scores [m, n], summed over the components."""
+
+
+class Rule(Protocol[Picks_co]):
+    """A selection rule, seen from here."""
+
+    def select(
+        self,
+        values: Tensor,
+        features: Tensor | None = None,
+        metric: Tensor | None = None,
+        *,
+        budget: int | float,
+        ids: Iterable[Id] | None = None,
+    ) -> Picks_co:
+        """Chooses ``budget`` examples of the pool."""
+
+
+@dataclass(frozen=True, eq=False)
+class Interactions:
+    """First-order influence b and interactions K = F M Fᵀ of n training examples on one target function f.
+
+    u_i = weight · H⁻¹ g_i is the parameter shift of removing example i, b_i = ∇fᵀ u_i, K_ij = u_iᵀ H_f u_j
+    ([IA] section 3.1). Any F and M with F M Fᵀ = K will do: F = u and M = H_f, or F = P without a metric when
+    H_f is the Fisher of m target examples (`from_scores`). K itself is never formed.
+
+    Attributes:
+        values: b [n], float64. b_i > 0: adding example i lowers f, removing it raises f.
+        features: F [n, r], any float dtype; sums over a group are taken in float64.
+        metric: M [r, r], symmetric; the identity when None.
+        ids: Ids of the examples, all int or all str.
+        weight: Weight of one example in the training objective, already contained in values and features: 1/n
+            as in the formula, or 1/k for a model that will be trained on k selected examples alone.
+        target_curvature: How H_f was obtained, such as "empirical Fisher" or "exact".
+        damping: Damping of H.
+        reduction: "sum" or "mean": how an example's loss is reduced over its tokens.
+        formula: What `estimate` computes.
+
+    Raises:
+        ValueError: If the pool is empty, shapes do not fit, ids repeat, a number is NaN or infinite (the ids are
+            named), the metric is not symmetric or the weight is not positive.
+    """
+
+    values: Tensor
+    features: Tensor
+    metric: Tensor | None = None
+    _: KW_ONLY
+    ids: Sequence[Id]
+    weight: float
+    target_curvature: str = "given"
+    damping: str | float | None = None
+    reduction: str = "sum"
+    formula: str = FORMULA
+
+    def __post_init__(self) -> None:
+        _check_weight("Interactions", self.weight)
+        factors = Factors.checked("Interactions", self.values, self.features, self.metric, self.ids)
+        for field in ("values", "features", "metric", "ids"):
+            object.__setattr__(self, field, getattr(factors, field))
+
+    @classmethod
+    def from_scores(
+        cls,
+        scores: Tensor | ScoreMatrix,
+        weight: float | None = None,
+        curvature_scores: Tensor | ScoreMatrix | None = None,
+        ids: Sequence[Id] | None = None,
+        *,
+        target_curvature: str | None = None,
+    ) -> Interactions:
+        """Interactions in the full gradient space from influence scores alone; no gradient is kept.
+
+        With H_f = (1/m) Σ_t ĝ_t ĝ_tᵀ, the Fisher of m target examples, K = P Pᵀ where P_it = u_iᵀ ĝ_t / √m is a
+        scaled score; f is the mean loss of the target examples, so b_i = mean_t u_iᵀ g_t.
+
+        Args:
+            scores: g_tᵀ H⁻¹ g_i [m, n] of m target and n pool examples; > 0: adding i lowers the loss of t.
+                A tensor, or labelled `Scores`, whose reduction and damping are then taken over.
+            weight: Weight of one example: 1/n (as in the formula, the default), or 1/k for a model that will be
+                trained on k selected examples alone.
+            curvature_scores: ĝ_tᵀ H⁻¹ g_i [m', n] for target gradients under labels sampled from the model;
+                None: the target's own labels (empirical Fisher), that is ``scores`` again.
+            ids: Ids of the pool examples; those of ``scores`` by default, else column numbers.
+            target_curvature: What to call H_f in the description.
+
+        Raises:
+            ValueError: If shapes or ids do not fit, the pool or the target is empty, or a score is NaN or infinite.
+        """
+        table = _table("scores", scores)
+        fisher = table if curvature_scores is None else _table("curvature_scores", curvature_scores)
+        names = _pool_ids(scores, table, ids)
+        if curvature_scores is not None:
+            _check_same_pool(scores, table, curvature_scores, fisher)
+            _check_scores("curvature_scores", curvature_scores, fisher, names)
+        _check_scores("scores", scores, table, names)
+        weight = 1 / len(names) if weight is None else weight
+        _check_weight(_FROM_SCORES, weight)
+        return cls(
+            weight * table.mean(dim=0, dtype=torch.float64),
+            (weight / math.sqrt(len(fisher)) * fisher.T).contiguous(),
+            ids=names,
+            weight=weight,
+            target_curvature=target_curvature or f"{'empirical' if fisher is table else 'sampled'} Fisher",
+            damping=getattr(scores, "damping", None),
+            reduction=getattr(scores, "reduction", "sum"),
+        )
+
+    def __len__(self) -> int:
+        return len(self._factors)
+
+    def first_order(self, group: Iterable[Id]) -> float:
+        """F(S) = ∇fᵀ U_S: predicted change of f when the group is removed, without interactions."""
+        return self.estimate(group, interactions=False)
+
+    def estimate(self, group: Iterable[Id], change: Change = "removal", interactions: bool = True) -> float:
+        """Predicted change of f when the group is removed from, or added to, the training set.
+
+        F+I: ±∇fᵀU_S + ½ U_Sᵀ H_f U_S, + for removal ([IA] section 3.1, eq. 7 and 8); F without the second term.
+        Negative: f, a loss, falls.
+
+        Raises:
+            ValueError: If an id is not in the pool or stands in the group twice.
+        """
+        return float(self.estimates([group], change, interactions)[0])
+
+    def estimates(
+        self, groups: Iterable[Iterable[Id]], change: Change = "removal", interactions: bool = True
+    ) -> Tensor:
+        """`estimate` of each group, float64 [number of groups]."""
+        if change not in get_args(Change):
+            raise ValueError(f"`Interactions.estimates(change={change!r})`: expected 'removal' or 'addition'.")
+        sign = 1.0 if change == "removal" else -1.0
+        rows = [self._rows(group) for group in groups]
+        first_order = torch.tensor([self.values[group].sum() for group in rows], dtype=torch.float64)
+        if not interactions:
+            return sign * first_order
+        return sign * first_order + torch.tensor([self._half_square(group) for group in rows], dtype=torch.float64)
+
+    def pairwise(self, rows: Iterable[Id], columns: Iterable[Id] | None = None) -> Tensor:
+        """K_ij of the examples named by ``rows`` against those of ``columns`` (``rows`` again when None), float64.
+
+        Summed over all pairs of a group, the diagonal included, it is U_Sᵀ H_f U_S.
+        """
+        left = self._rows(rows)
+        right = left if columns is None else self._rows(columns)
+        return self._factors.lift(self.features[left].double()) @ self.features[right].double().T
+
+    def select(self, rule: Rule[Picks], budget: int | float) -> Picks:
+        """Lets a selection rule choose ``budget`` of these examples, minimising the addition estimate."""
+        return rule.select(self.values, self.features, self.metric, budget=budget, ids=self._factors.ids)
+
+    @cached_property
+    def _factors(self) -> Factors:
+        return Factors(self.values, self.features, self.metric, tuple(self.ids))
+
+    def _half_square(self, rows: list[int]) -> float:
+        shift = self._factors.shift(rows)
+        return 0.5 * float(shift @ self._factors.lift(shift))
+
+    def _rows(self, group: Iterable[Id]) -> list[int]:
+        names = group.tolist() if isinstance(group, Tensor) else list(group)
+        rows = self._factors.rows
+        unknown = [name for name in names if name not in rows]
+        if unknown:
+            raise ValueError(
+                f"`Interactions`: expected a group of the {len(self)} examples it was made of. Unknown: {few(unknown)}."
+            )
+        if len(set(names)) < len(names):
+            twice = [name for name, times in Counter(names).items() if times > 1]
+            raise ValueError(f"`Interactions`: expected each example of a group once. Repeated: {few(twice)}.")
+        return [rows[name] for name in names]
+
+
+def _table(argument: str, scores: Tensor | ScoreMatrix) -> Tensor:
+    """Scores [m, n] of at least float32."""
+    table = (scores if isinstance(scores, Tensor) else scores.total()).detach()
+    if table.dim() != 2 or 0 in table.shape or table.is_complex():
+        raise ValueError(
+            f"`{_FROM_SCORES}({argument})`: expected a real tensor [m, n] with m >= 1 target and n >= 1 pool "
+            f"examples, summed over components. Got shape {list(table.shape)}."
+        )
+    return table.float() if table.element_size() < 4 else table
+
+
+def _pool_ids(scores: Tensor | ScoreMatrix, table: Tensor, ids: Iterable[Id] | None) -> tuple[Id, ...]:
+    labels = None if isinstance(scores, Tensor) else scores.train_ids
+    return check_ids(_FROM_SCORES, labels if ids is None else ids, table.shape[1])
+
+
+def _check_same_pool(
+    scores: Tensor | ScoreMatrix, table: Tensor, others: Tensor | ScoreMatrix, other_table: Tensor
+) -> None:
+    call = f"`{_FROM_SCORES}(curvature_scores)`"
+    if table.shape[1] != other_table.shape[1]:
+        raise ValueError(
+            f"{call}: expected the pool of the scores, {table.shape[1]} columns. Got {other_table.shape[1]}."
+        )
+    if isinstance(scores, Tensor) or isinstance(others, Tensor):
+        return
+    for column, (one, other) in enumerate(zip(scores.train_ids, others.train_ids, strict=True)):
+        if one != other:
+            raise ValueError(
+                f"{call}: expected the pool of the scores, the same ids in the same order. Column {column} is id "
+                f"{other!r} there and {one!r} in the scores."
+            )
+
+
+def _check_scores(argument: str, scores: Tensor | ScoreMatrix, table: Tensor, names: tuple[Id, ...]) -> None:
+    """A target example without any finite score is to blame itself; else the pool examples are."""
+    finite = table.isfinite()
+    targets = getattr(scores, "query_ids", range(len(table)))
+    check_finite(_FROM_SCORES, argument, finite.any(dim=1), targets, "target examples")
+    check_finite(_FROM_SCORES, argument, finite.all(dim=0), names, "pool examples")
+
+
+def _check_weight(call: str, weight: object) -> None:
+    if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 < float(weight) < math.inf:
+        raise ValueError(
+            f"`{call}(weight={weight!r})`: expected a number > 0, such as 1/n for n training examples, or 1/k when "
+            "the model will be trained on k selected examples alone."
+        )

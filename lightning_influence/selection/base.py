@@ -1,0 +1,63 @@
+"""The contract of a selection rule."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+from lightning_influence.estimators.factors import Factors, Id
+from lightning_influence.selection.budget import resolve_budget
+from lightning_influence.selection.selection import Selection
+
+
+class SelectionRule(ABC):
+    """Chooses rows of a pool. A member says which rows, in which order; the gains are computed here for all.
+
+    Laws: the picks are as many as the budget says and unique; inputs stay untouched; ties go to the smaller id, so
+    that a permuted pool gives the same ids; the first picks of a larger budget are those of a smaller one.
+    """
+
+    def select(
+        self,
+        values: Tensor,
+        features: Tensor | None = None,
+        metric: Tensor | None = None,
+        *,
+        budget: int | float,
+        ids: Iterable[Id] | None = None,
+    ) -> Selection:
+        """Chooses ``budget`` rows and predicts what adding them does to the target loss.
+
+        Args:
+            values: First-order influence b [n]; b_j > 0: adding row j lowers the target loss.
+            features: F [n, r] with interactions K = F M Fᵀ, any float dtype; None: no interactions.
+            metric: M [r, r], symmetric, not necessarily definite; the identity when None.
+            budget: Number of rows (int >= 1) or share of the pool (float in (0, 1]).
+            ids: One id per row, all int or all str; row numbers by default.
+
+        Raises:
+            ValueError: If the pool is empty, the budget does not fit it, shapes do not fit, ids repeat, a number is
+                NaN or infinite (the ids are named), or the metric is not symmetric.
+        """
+        call = f"{self!r}.select"
+        pool = Factors.checked(call, values, features, metric, ids)
+        rows = self._pick(pool, resolve_budget(budget, len(pool), call))
+        first_order, interaction = (part.cpu() for part in pool.in_order(rows))
+        gains = first_order + interaction
+        return Selection(
+            ids=tuple(pool.ids[row] for row in rows),
+            positions=tuple(rows),
+            gains=gains,
+            first_order=first_order,
+            interaction=interaction,
+            budget=len(rows),
+            objective=float(gains.sum()),
+            rule=repr(self),
+            pool_size=len(pool),
+        )
+
+    @abstractmethod
+    def _pick(self, pool: Factors, budget: int) -> Sequence[int]:
+        """Row numbers of ``budget`` picks, in pick order; 1 <= budget <= len(pool)."""

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_influence.estimators import factors
+from lightning_influence.estimators.factors import Factors, check_finite, check_ids, few
+
+
+def drawn(n: int = 30, r: int = 4, seed: int = 0) -> Factors:
+    generator = torch.Generator().manual_seed(seed)
+    half = torch.randn(r, r, generator=generator)
+    features = torch.randn(n, r, generator=generator)
+    return Factors.checked("f", torch.randn(n, generator=generator), features, half + half.T)
+
+
+@pytest.mark.parametrize("block", [1, 4 * 7, 2**18])
+def test_products_equal_dense_ones(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(factors, "_BLOCK_ON_CPU", block)
+    pool = drawn()
+    dense = pool.features.double()
+    direction = torch.arange(4.0).double()
+    torch.testing.assert_close(pool.products(direction), dense @ direction)
+    torch.testing.assert_close(pool.self_interactions(), (dense @ pool.metric @ dense.T).diagonal())
+    torch.testing.assert_close(pool.norms(), dense.norm(dim=1))
+    torch.testing.assert_close(pool.lift(direction), pool.metric @ direction)
+    torch.testing.assert_close(pool.shift([3, 17, 4]), dense[3] + dense[17] + dense[4])
+    assert torch.equal(pool.shift([]), torch.zeros(4).double())
+
+
+@pytest.mark.parametrize("block", [1, 4 * 7, 2**18])
+def test_parts_in_order(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(factors, "_BLOCK_ON_CPU", block)
+    pool = drawn()
+    dense = pool.features.double()
+    interactions = dense @ pool.metric @ dense.T
+    rows = list(range(29, -1, -1))
+    first_order, interaction = pool.in_order(rows)
+    assert torch.equal(first_order, -pool.values[rows])
+    expected = [float(interactions[rows[:k], j].sum() + interactions[j, j] / 2) for k, j in enumerate(rows)]
+    torch.testing.assert_close(interaction, torch.tensor(expected, dtype=torch.float64))
+    assert [len(part) for part in pool.in_order([])] == [0, 0]
+
+
+def test_without_features() -> None:
+    pool = Factors.checked("f", torch.ones(3))
+    assert pool.shift([0, 1]).shape == (0,)
+    assert pool.in_order([2, 0])[1].tolist() == [0.0, 0.0]
+
+
+def test_sums_of_many_small_features_keep_their_digits() -> None:
+    """In float32 the sum of 10⁵ such rows is off in the fourth digit when taken one by one."""
+    features = torch.full((100_000, 2), 0.1)
+    pool = Factors.checked("f", torch.zeros(100_000), features)
+    exact = float(torch.tensor(0.1).double()) * 100_000
+    torch.testing.assert_close(pool.shift(range(100_000)), torch.full((2,), exact, dtype=torch.float64))
+
+
+def test_places_of_ids() -> None:
+    assert Factors.checked("f", torch.zeros(3), ids=[30, 4, 100]).id_ranks.tolist() == [1, 0, 2]
+    assert Factors.checked("f", torch.zeros(3), ids=["30", "4", "100"]).id_ranks.tolist() == [1, 2, 0]
+    assert Factors.checked("f", torch.zeros(3), ids=[30, 4, 100]).rows == {30: 0, 4: 1, 100: 2}
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [[2, 0, 1], (2, 0, 1), torch.tensor([2, 0, 1]), np.array([2, 0, 1]), [np.int64(2), np.int32(0), 1], {2, 0, 1}],
+)
+def test_ids_become_plain(ids: object) -> None:
+    names = check_ids("f", ids, 3)
+    assert sorted(names) == [0, 1, 2]
+    assert {type(name) for name in names} == {int}
+
+
+def test_names_become_plain() -> None:
+    names = check_ids("f", np.array(["b", "a"]), 2)
+    assert names == ("b", "a")
+    assert type(check_ids("f", [np.str_("b")], 1)[0]) is str
+    assert check_ids("f", None, 2) == (0, 1)
+
+
+def test_ids_of_another_kind() -> None:
+    with pytest.raises(ValueError, match=re.escape("`f(ids)`: expected ids that are all int or all str. Got float.")):
+        check_ids("f", [0.0, 1.0], 2)
+
+
+def test_few() -> None:
+    assert few(["x"]) == "id 'x'"
+    assert few([1, 2]) == "ids 1, 2"
+    assert few(range(7)) == "ids 0, 1, 2, 3, 4, ... (2 more)"
+
+
+def test_finite_or_named() -> None:
+    check_finite("f", "x", torch.ones(3, dtype=torch.bool), range(3))
+    message = (
+        "`f(x)`: expected finite numbers. 6 of 7 things have NaN or infinite x: ids 1, 2, 3, 4, 5, ... (1 more). "
+        "Look at their loss, or leave them out."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        check_finite("f", "x", torch.arange(7) == 0, range(7), "things")

@@ -1,0 +1,119 @@
+"""Slow truths in float64, written from the formulas alone; nothing here imports the package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Influence of a group, dense ([IA] sections 3.1 and 3.2)
+
+
+def parameter_shifts(gradients: Tensor, hessian: Tensor, weight: float) -> Tensor:
+    """u_i = weight · H⁻¹ g_i [n, p]: what removing example i does to the parameters."""
+    return weight * torch.stack([torch.linalg.inv(hessian) @ gradient for gradient in gradients])
+
+
+def group_influence(
+    shifts: Tensor,
+    target_gradient: Tensor,
+    target_hessian: Tensor,
+    rows: Sequence[int],
+    change: str,
+    interactions: bool,
+) -> float:
+    """F or F+I of removing or adding the rows."""
+    shift = torch.zeros_like(target_gradient)
+    for row in rows:
+        shift = shift + shifts[row] if change == "removal" else shift - shifts[row]
+    second = 0.5 * shift @ target_hessian @ shift if interactions else 0.0
+    return float(target_gradient @ shift + second)
+
+
+def addition_objective(values: Tensor, interactions: Tensor, rows: Sequence[int]) -> float:
+    """−Σ b_i + ½ Σ_ij K_ij, one pair at a time, from the dense K [n, n]."""
+    total = 0.0
+    for i in rows:
+        total -= float(values[i])
+        for j in rows:
+            total += 0.5 * float(interactions[i, j])
+    return total
+
+
+def greedy(values: Tensor, interactions: Tensor, budget: int, ids: Sequence[int | str]) -> list[int]:
+    """Algorithm 1 by trying every row at every step; the smallest id among equally good ones."""
+    chosen: list[int] = []
+    for _ in range(budget):
+        left = [row for row in range(len(values)) if row not in chosen]
+        outcome = {row: addition_objective(values, interactions, [*chosen, row]) for row in left}
+        best = min(outcome.values())
+        chosen.append(min((row for row in left if outcome[row] <= best + 1e-10), key=lambda row: ids[row]))
+    return chosen
+
+
+# Logistic regression, exact: mean loss plus ½ · decay · ‖θ‖²
+
+
+def binary_probabilities(inputs: Tensor, parameters: Tensor) -> Tensor:
+    """p_i = P(y_i = 1) [n]."""
+    return torch.sigmoid(inputs @ parameters)
+
+
+def binary_gradients(inputs: Tensor, labels: Tensor, parameters: Tensor) -> Tensor:
+    """Gradient (p_i − y_i) x_i of each example's loss, without the decay [n, d]."""
+    return (binary_probabilities(inputs, parameters) - labels)[:, None] * inputs
+
+
+def binary_hessian(inputs: Tensor, parameters: Tensor, decay: float) -> Tensor:
+    """Hessian of the mean loss and the decay [d, d]."""
+    p = binary_probabilities(inputs, parameters)
+    return (inputs.T * (p * (1 - p))) @ inputs / len(inputs) + decay * torch.eye(inputs.shape[1]).double()
+
+
+def fit_binary(inputs: Tensor, labels: Tensor, decay: float) -> Tensor:
+    """Minimiser by Newton's method [d]."""
+    theta = torch.zeros(inputs.shape[1], dtype=torch.float64)
+    for _ in range(50):
+        slope = binary_gradients(inputs, labels, theta).mean(dim=0) + decay * theta
+        if slope.abs().max() < 1e-13:
+            break
+        theta = theta - torch.linalg.solve(binary_hessian(inputs, theta, decay), slope)
+    return theta
+
+
+def softmax_probabilities(inputs: Tensor, parameters: Tensor) -> Tensor:
+    """Class probabilities [n, c] of a linear model with parameters [c · d], the rows of its weight in turn."""
+    return torch.softmax(inputs @ parameters.view(-1, inputs.shape[1]).T, dim=1)
+
+
+def softmax_losses(inputs: Tensor, labels: Tensor, parameters: Tensor) -> Tensor:
+    """Cross-entropy of each example [n]."""
+    return -softmax_probabilities(inputs, parameters).gather(1, labels[:, None]).log()[:, 0]
+
+
+def softmax_gradients(inputs: Tensor, labels: Tensor, parameters: Tensor) -> Tensor:
+    """Gradient (p_i − e_{y_i}) ⊗ x_i of each example's loss, without the decay [n, c · d]."""
+    p = softmax_probabilities(inputs, parameters)
+    errors = p - torch.nn.functional.one_hot(labels, p.shape[1])
+    return (errors[:, :, None] * inputs[:, None, :]).flatten(1)
+
+
+def softmax_hessian(inputs: Tensor, parameters: Tensor, decay: float) -> Tensor:
+    """Hessian of the mean loss and the decay [c · d, c · d]."""
+    p = softmax_probabilities(inputs, parameters)
+    n, c = p.shape
+    blocks = [[(inputs.T * (p[:, a] * (float(a == b) - p[:, b]))) @ inputs / n for b in range(c)] for a in range(c)]
+    hessian = torch.cat([torch.cat(row, dim=1) for row in blocks])
+    return hessian + decay * torch.eye(len(hessian)).double()
+
+
+def fit_softmax(inputs: Tensor, labels: Tensor, classes: int, decay: float, start: Tensor | None = None) -> Tensor:
+    """Minimiser by Newton's method [classes · d]."""
+    theta = torch.zeros(classes * inputs.shape[1], dtype=torch.float64) if start is None else start
+    for _ in range(50):
+        slope = softmax_gradients(inputs, labels, theta).mean(dim=0) + decay * theta
+        if slope.abs().max() < 1e-12:
+            break
+        theta = theta - torch.linalg.solve(softmax_hessian(inputs, theta, decay), slope)
+    return theta
