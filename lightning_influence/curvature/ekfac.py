@@ -1,0 +1,17 @@
+"""EK-FAC: K-FAC's eigenbasis with the exact second moments in it (George et al. 2018; [MS] section 3.3)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from lightning_influence.curvature.blockwise import BlockwiseCurvature
+
+
+class EKFAC(BlockwiseCurvature):
+    """Two passes: covariances for the basis, then the mean squares of the rotated example gradients.
+
+    Never farther from E[g g^T] in Frobenius norm than K-FAC, since Lambda is the best diagonal in the basis.
+    Arguments are those of `BlockwiseCurvature`.
+    """
+
+    num_passes: ClassVar[int] = 2

@@ -1,0 +1,33 @@
+"""No curvature: the identity, for which influence is the gradient dot product."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from lightning_influence.capture import Component, LayerRecord
+from lightning_influence.curvature.base import Curvature
+
+
+class Identity(Curvature):
+    """``solve`` returns its argument; nothing is fitted and nothing is stored."""
+
+    num_passes: ClassVar[int] = 0
+
+    def __init__(self) -> None:
+        self.fitted = True
+
+    def update(self, component: Component, record: LayerRecord) -> None:
+        """Nothing to learn."""
+
+    def finish_pass(self) -> None:
+        """Nothing to finish."""
+
+    def solve(self, component: Component, gradients: Tensor) -> Tensor:
+        """The gradients themselves."""
+        return gradients
+
+    def settings(self) -> dict[str, Any]:
+        """No arguments."""
+        return {}

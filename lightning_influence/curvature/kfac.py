@@ -1,0 +1,16 @@
+"""K-FAC: Kronecker-factored Fisher information (Martens and Grosse 2015; [MS] section 3.3)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from lightning_influence.curvature.blockwise import BlockwiseCurvature
+
+
+class KFAC(BlockwiseCurvature):
+    """Layer by layer ``S ⊗ A`` times the mean number of positions of an example; one pass over the data.
+
+    Arguments are those of `BlockwiseCurvature`.
+    """
+
+    num_passes: ClassVar[int] = 1

@@ -1,0 +1,188 @@
+"""The contract of an estimator: queries and training examples in, labelled scores out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lightning_influence.capture import Component, ExampleLoader, ExampleLoss, GradientCapture, LayerRecord
+from lightning_influence.capture.batches import to_device
+from lightning_influence.capture.component import Select
+from lightning_influence.capture.losses import resolve_loss
+from lightning_influence.capture.sampling import Uniforms
+from lightning_influence.estimators.scores import Scores
+
+Loss: TypeAlias = ExampleLoss | Callable[[nn.Module, Any], Tensor] | None
+Labels: TypeAlias = Literal["data", "sampled"]
+
+
+class Estimator(ABC):
+    """Scores of training examples for queries, at one set of parameters.
+
+    Queries are gradients kept in memory (transformed once, block by block under a memory budget); training
+    examples stream by and are contracted with them, so that a training example's gradient is formed at most
+    once per block of queries and never kept.
+
+    Args:
+        model: The model at the parameters of interest. Left as it was.
+        loss: Per-example loss; None resolves it from the model and the first batch.
+        components: What `find_components` takes.
+        normalise: Whether every example's gradient is scaled to unit length first, over all components. The
+            length of a gradient grows with an example's loss and its number of tokens, and then decides alone.
+        batch_size: Examples per batch; None takes the loader's, or 32.
+        memory_budget: Bytes for the gradients of queries that are kept at a time.
+        progress: Whether to show a progress bar when it takes more than a few seconds.
+    """
+
+    formula: ClassVar[str]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss = None,
+        components: Select | list[Component] = None,
+        *,
+        normalise: bool = False,
+        batch_size: int | None = None,
+        memory_budget: int = 2 * 1024**3,
+        progress: bool = True,
+    ) -> None:
+        self.model = model
+        self.loss = loss
+        self.capture = GradientCapture(model, components)
+        self.normalise = normalise
+        self.batch_size = batch_size
+        self.memory_budget = memory_budget
+        self.progress = progress
+
+    @property
+    def components(self) -> list[Component]:
+        """The components that are scored."""
+        return self.capture.components
+
+    @property
+    def damping(self) -> str | None:
+        """Description of the damping for the labels of the scores."""
+        return None
+
+    @abstractmethod
+    def transform(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Query gradients by component, each [q, *shape] -> what training gradients are multiplied with."""
+
+    def score(
+        self, queries: Any, train: Any, *, per_component: bool = False, labels: Labels = "data", seed: int = 0
+    ) -> Scores:
+        """Score every training example for every query.
+
+        Args:
+            queries: Map-style dataset or DataLoader of the examples whose loss matters.
+            train: Map-style dataset or DataLoader of the examples whose influence is asked.
+            per_component: Whether to keep components apart, [c, q, n].
+            labels: ``"sampled"`` replaces the queries' labels by draws from the model, as the Fisher of the
+                queries needs.
+            seed: Of those draws.
+
+        Returns:
+            Scores in the order of the data; ids are positions.
+
+        Raises:
+            ValueError: If the data is empty, or a query has nothing supervised.
+        """
+        left, right = self._loader(queries), self._loader(train)
+        self._check_supervised(left)
+        blocks = []
+        for block in self._query_blocks(left):
+            gradients = self._query_gradients(block, labels, seed)
+            blocks.append(self._against(gradients, right, per_component))
+        values = torch.cat(blocks, dim=-2)
+        return Scores(
+            values=values,
+            query_ids=tuple(left.ids),
+            train_ids=tuple(right.ids),
+            formula=f"{self.formula}{', unit gradients' if self.normalise else ''}",
+            reduction=self._reduction,
+            components=tuple(c.name for c in self.components) if per_component else None,
+            damping=self.damping,
+        )
+
+    _reduction: str = ""
+
+    def _loader(self, data: Any) -> ExampleLoader:
+        return data if isinstance(data, ExampleLoader) else ExampleLoader(data, self.batch_size)
+
+    def _check_supervised(self, loader: ExampleLoader) -> None:
+        """A query without a target has no loss: say so before anything long starts."""
+        silent: list[int] = []
+        for ids, batch in loader:
+            loss = resolve_loss(self.model, batch, self.loss)
+            self._reduction = loss.reduction
+            silent += ids[loss.supervised(batch).cpu() == 0].tolist()
+        if silent:
+            raise ValueError(
+                f"{len(silent)} of {loader.num_examples} queries have no supervised target (ids {silent[:8]}); expected "
+                "at least one label other than -100 in each. Remove them, or check the label mask."
+            )
+
+    def _query_blocks(self, loader: ExampleLoader) -> Iterator[ExampleLoader]:
+        size = sum(c.numel for c in self.components) * 4
+        step = max(1, self.memory_budget // size)
+        for k in range(0, loader.num_examples, step):
+            yield ExampleLoader(loader, indices=loader.ids[k : k + step])
+
+    def _query_gradients(self, loader: ExampleLoader, labels: Labels, seed: int) -> dict[str, Tensor]:
+        found: dict[str, list[Tensor]] = {c.name: [] for c in self.components}
+        for records in self._records(loader, "query gradients", labels, seed):
+            for component, record in records:
+                found[component.name].append(record.example_gradients())
+        gradients = {name: torch.cat(parts) for name, parts in found.items()}
+        if self.normalise:
+            squares = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0)
+            scale = _inverse_length(squares)
+            gradients = {k: g * scale.reshape(-1, *[1] * (g.dim() - 1)) for k, g in gradients.items()}
+        return self.transform(gradients)
+
+    def _against(self, gradients: Mapping[str, Tensor], loader: ExampleLoader, per_component: bool) -> Tensor:
+        """[q, n] or [c, q, n]."""
+        columns = []
+        for records in self._records(loader, "training examples"):
+            parts: list[Tensor] = []
+            squares: list[Tensor] = []
+            for component, record in records:
+                part = record.contract(gradients[component.name]).cpu()
+                if per_component or not parts:
+                    parts.append(part)
+                else:
+                    parts[0] += part
+                if self.normalise:
+                    squares.append(record.squared_norms().cpu())
+            values = torch.stack(parts) if per_component else parts[0]
+            columns.append(values * _inverse_length(torch.stack(squares).sum(0)) if self.normalise else values)
+        return torch.cat(columns, dim=-1)
+
+    def _records(
+        self, loader: ExampleLoader, what: str, labels: Labels = "data", seed: int = 0
+    ) -> Iterator[Iterator[tuple[Component, LayerRecord]]]:
+        """For each batch, its (component, record) pairs; each must be used up before the next."""
+        device = next(self.model.parameters()).device
+        label = f"{type(self).__name__}: {what}"
+        with self.capture:
+            for ids, batch in tqdm(loader, desc=label, delay=3, leave=False, disable=not self.progress):
+                batch = to_device(batch, device)
+                loss = resolve_loss(self.model, batch, self.loss)
+                losses = _sampled(loss, ids, seed) if labels == "sampled" else loss.losses
+                records = self.capture.record(batch, losses, ids, loss.position_mask(batch), loss.batch_size(batch))
+                yield zip(self.components, records, strict=True)
+
+
+def _sampled(loss: ExampleLoss, ids: Tensor, seed: int) -> Callable[[nn.Module, Any], Tensor]:
+    return lambda model, batch: loss.sampled_losses(model, batch, Uniforms(ids, seed))
+
+
+def _inverse_length(squares: Tensor) -> Tensor:
+    """1 / length; 0 for an example without any gradient, whose scores are 0 then."""
+    return torch.where(squares > 0, squares.clamp_min(torch.finfo(squares.dtype).tiny).rsqrt(), torch.zeros_like(squares))

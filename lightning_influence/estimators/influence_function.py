@@ -1,0 +1,89 @@
+"""The influence function: gradients compared in the metric of the inverse curvature ([MS] section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from lightning_influence.capture import Component, find_components
+from lightning_influence.capture.component import Select
+from lightning_influence.curvature import EKFAC, Curvature
+from lightning_influence.errors import NotFittedError
+from lightning_influence.estimators.base import Estimator, Loss
+from lightning_influence.store import Store
+
+
+class InfluenceFunction(Estimator):
+    """``I(query, i) = g_query^T (G + damping I)^{-1} g_i`` ([MS] section 3, Koh and Liang 2017).
+
+    n times minus the derivative of the query's loss with respect to the weight of training example i.
+    The few queries are preconditioned, not the many training examples.
+
+    Args:
+        model: The model at the parameters of interest.
+        curvature: The curvature; None for ``EKFAC()``. Fitted by `fit` unless it is already.
+        loss: Per-example loss; None resolves it.
+        components: What `find_components` takes; those of a fitted curvature when None.
+        **options: Those of `Estimator`.
+    """
+
+    formula: ClassVar[str] = "g_q^T (G + damping)^-1 g_i"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        curvature: Curvature | None = None,
+        loss: Loss = None,
+        components: Select | list[Component] = None,
+        **options: Any,
+    ) -> None:
+        self.curvature = EKFAC() if curvature is None else curvature
+        if components is None and self.curvature.components:
+            components = list(self.curvature.components)
+        super().__init__(model, loss, components, **options)
+        if self.curvature.num_passes == 0:
+            self.curvature.start(self.components)
+
+    @classmethod
+    def from_store(cls, model: nn.Module, store: Store | str, name: str = "curvature", **options: Any) -> Self:
+        """With the factors that a `CurvatureRecorder` left behind, after checking that they are of this model.
+
+        Raises:
+            StoreError: If the store belongs to other weights or components.
+        """
+        found = store if isinstance(store, Store) else Store.open(store)
+        components = find_components(model, [c.name for c in found.components])
+        found.verify(model=model, components=components)
+        return cls(model, found.read_curvature(name, components), components=components, **options)
+
+    @property
+    def damping(self) -> str | None:
+        """The curvature and its damping."""
+        settings = self.curvature.settings()
+        if settings.get("damping") is not None:
+            return f"{settings['damping']}"
+        return f"{settings['damping_share']} x mean eigenvalue" if "damping_share" in settings else None
+
+    def fit(self, train: Any) -> Self:
+        """Fit the curvature on the training data, unless it is fitted already."""
+        if not self.curvature.fitted:
+            self.curvature.fit(
+                self.model,
+                self._loader(train),
+                self.loss,
+                self.components,
+                progress=self.progress,
+            )
+        return self
+
+    def transform(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``(G + damping I)^{-1} g_q``."""
+        if not self.curvature.fitted:
+            raise NotFittedError(
+                f"`InfluenceFunction.score`: {type(self.curvature).__name__} is not fitted. Call fit(train) first, or "
+                "read recorded factors with InfluenceFunction.from_store(model, path)."
+            )
+        return self.curvature.precondition(gradients)
