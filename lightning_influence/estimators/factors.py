@@ -122,14 +122,18 @@ class Factors:
         return torch.as_tensor(rows, dtype=torch.long, device=self.values.device)
 
     def _blocks(self, rows: Sequence[int] | None = None) -> Iterator[Tensor]:
-        """All features, or those of some rows, in float64, a few rows at a time."""
+        """All features, or those of some rows, in float64, a few rows at a time; each valid until the next."""
         assert self.features is not None
         elements = _BLOCK_ON_CPU if self.features.device.type == "cpu" else _BLOCK_ELSEWHERE
         size = max(1, elements // self.features.shape[1])
         index = None if rows is None else self._index(rows)
-        for start in range(0, len(self) if index is None else len(index), size):
+        count = len(self) if index is None else len(index)
+        shape = (min(size, count), self.features.shape[1])
+        scratch = self.values.new_empty(shape)  # one for all: fresh memory for every block costs up to 10 x
+        for start in range(0, count, size):
             part = slice(start, start + size)
-            yield self.features[part if index is None else index[part]].double()
+            block = self.features[part if index is None else index[part]]
+            yield block if block.dtype == torch.float64 else scratch[: len(block)].copy_(block)
 
     def _check_finite(self, call: str) -> None:
         finite = {"values": self.values.isfinite()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from numbers import Integral, Real
 
 
-def check_budget(budget: object, call: str = "budget") -> int | float:
+def check_budget(budget: object, call: str = "check_budget") -> int | float:
     """Checks a budget before the size of the pool is known.
 
     Args:
@@ -40,7 +40,7 @@ def check_budget(budget: object, call: str = "budget") -> int | float:
     return share
 
 
-def resolve_budget(budget: object, pool_size: int, call: str = "budget") -> int:
+def resolve_budget(budget: object, pool_size: int, call: str = "resolve_budget") -> int:
     """Number of rows, 1 to ``pool_size``, that a budget stands for; shares are rounded to the nearest row.
 
     >>> resolve_budget(0.05, 270)

@@ -85,7 +85,7 @@ def test_more_than_the_pool() -> None:
 
 
 def test_a_share_of_no_rows() -> None:
-    message = f"`budget(budget=0.01)`: {EXPECTED}Of a pool of 10 rows this share is 0 rows; pass 1 to take one."
+    message = f"`resolve_budget(budget=0.01)`: {EXPECTED}Of a pool of 10 rows this share is 0 rows; pass 1 to take one."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         resolve_budget(0.01, 10)
 
