@@ -120,6 +120,11 @@ def test_every_member_of_a_family_has_its_tests(path):
     assert mirror.exists(), f"expected the tests of {name(path)} in {name(mirror)}"
 
 
+def test_every_folder_of_tests_is_a_package():
+    """So that files of the same name in two folders are two modules."""
+    assert not {name(path.parent) for path in python_files(TESTS) if not (path.parent / "__init__.py").exists()}
+
+
 @pytest.mark.parametrize("path", ALL_FILES, ids=name)
 def test_nothing_read_from_disk_can_run_code(path):
     pickled = [(line, what) for line, what in imported_names(path) if what.split(".")[0] in PICKLES]
