@@ -1,0 +1,10 @@
+"""Recorders for a running Trainer, which notices nothing of them."""
+
+from __future__ import annotations
+
+from lightning_influence.callbacks.base import Recorder
+from lightning_influence.callbacks.guard import pristine
+from lightning_influence.callbacks.recording import Recording
+from lightning_influence.callbacks.records import Record, find_records
+
+__all__ = ["Record", "Recorder", "Recording", "find_records", "pristine"]
