@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from numbers import Real
 from typing import Literal, Protocol, TypeVar, get_args
@@ -177,6 +177,16 @@ class Interactions:
         left = self._rows(rows)
         right = left if columns is None else self._rows(columns)
         return self._factors.lift(self.features[left].double()) @ self.features[right].double().T
+
+    def reweighted(self, weight: float) -> Interactions:
+        """The same examples at another weight: first-order values grow with it, interactions with its square.
+
+        Raises:
+            ValueError: If the weight is not a number > 0.
+        """
+        _check_weight("Interactions.reweighted", weight)
+        factor = weight / self.weight
+        return replace(self, values=factor * self.values, features=factor * self.features, weight=weight)
 
     def select(self, rule: Rule[Picks], budget: int | float) -> Picks:
         """Lets a selection rule choose ``budget`` of these examples, minimising the addition estimate."""

@@ -22,9 +22,10 @@ from lightning_influence.estimators.influence_function import InfluenceFunction
 from lightning_influence.selection.base import SelectionRule
 from lightning_influence.selection.budget import resolve_budget
 from lightning_influence.selection.interaction_greedy import InteractionGreedy
+from lightning_influence.selection.saturation import saturating_weight
 from lightning_influence.selection.selection import Selection
 
-Weight: TypeAlias = Literal["1/n", "1/k"] | float
+Weight: TypeAlias = Literal["saturate", "1/n", "1/k"] | float
 TargetCurvature: TypeAlias = Literal["empirical", "sampled"]
 
 
@@ -38,9 +39,9 @@ def select_training_data(
     curvature: Curvature | None = None,
     loss: ExampleLoss | Callable[[nn.Module, Any], Tensor] | None = None,
     components: Select | list[Component] = None,
-    weight: Weight = "1/k",
+    weight: Weight = "saturate",
     target_curvature: TargetCurvature = "empirical",
-    normalise: bool = False,
+    normalise: bool = True,
     batch_size: int | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -60,11 +61,12 @@ def select_training_data(
         curvature: None for ``EKFAC()``.
         loss: Per-example loss; None resolves it.
         components: What `find_components` takes.
-        weight: Weight of one added row in the training objective: ``"1/k"`` when the model will be trained on the
-            k selected rows alone, ``"1/n"`` when they are added to n others, or a number.
+        weight: Weight of one added row in the training objective: ``"saturate"`` for the largest at which the last
+            picks still gain (`saturating_weight`), ``"1/k"`` or ``"1/n"`` as in the formula, or a number. Only the
+            rules that look at interactions depend on it.
         target_curvature: Labels of the Fisher of the targets: their own, or sampled from the model.
         normalise: Whether gradients are scaled to unit length first, so that neither the length nor the loss of a
-            row decides. Advisable for language models.
+            row decides.
         batch_size: Examples per batch; None takes the loader's, or 32.
         seed: Of sampled labels.
         progress: Whether to show progress bars.
@@ -88,18 +90,18 @@ def select_training_data(
     influence = InfluenceFunction(model, curvature, loss, components, **options).fit(rows)
     scores = influence.score(goals, rows)
     fisher = influence.score(goals, rows, labels="sampled", seed=seed) if target_curvature == "sampled" else None
-    number = resolve_weight(weight, rows.num_examples, k)
-    interactions = Interactions.from_scores(scores, number, fisher)
-    return interactions.select(InteractionGreedy() if rule is None else rule, k)
+    return choose(Interactions.from_scores(scores, 1 / k, fisher), rule or InteractionGreedy(), k, weight)
 
 
-def resolve_weight(weight: Weight, pool_size: int, budget: int) -> float:
-    """The weight of one added row as a number.
-
-    >>> resolve_weight("1/k", pool_size=1000, budget=50)
-    0.02
-    """
-    return {"1/n": 1 / pool_size, "1/k": 1 / budget}[weight] if isinstance(weight, str) else float(weight)
+def choose(interactions: Interactions, rule: SelectionRule, budget: int, weight: Weight = "saturate") -> Selection:
+    """The rule's selection, with the weight of a row resolved as `select_training_data` says."""
+    if weight == "saturate":
+        if not isinstance(rule, InteractionGreedy):
+            return interactions.select(rule, budget)
+        weight = saturating_weight(interactions, rule, budget)
+    sizes = {"1/n": 1 / len(interactions), "1/k": 1 / budget}
+    number = sizes[weight] if isinstance(weight, str) else float(weight)
+    return interactions.reweighted(number).select(rule, budget)
 
 
 @dataclass(frozen=True)
@@ -177,8 +179,10 @@ def _is_array(leaf: Any) -> bool:
 
 def _check_options(weight: Weight, target_curvature: str) -> None:
     number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-    if weight not in ("1/n", "1/k") and not (number and float(weight) > 0):
-        raise ValueError(f"`select_training_data(weight={weight!r})`: expected '1/n', '1/k' or a number > 0.")
+    if weight not in ("saturate", "1/n", "1/k") and not (number and float(weight) > 0):
+        raise ValueError(
+            f"`select_training_data(weight={weight!r})`: expected 'saturate', '1/n', '1/k' or a number > 0."
+        )
     if target_curvature not in ("empirical", "sampled"):
         raise ValueError(
             f"`select_training_data(target_curvature={target_curvature!r})`: expected 'empirical' or 'sampled'."
