@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -117,3 +117,20 @@ def fit_softmax(inputs: Tensor, labels: Tensor, classes: int, decay: float, star
             break
         theta = theta - torch.linalg.solve(softmax_hessian(inputs, theta, decay), slope)
     return theta
+
+
+# Gradients of single examples by one backward pass each
+
+
+def example_gradients(parameters: Mapping[str, Tensor], loss_of: Callable[[int], Tensor], n: int) -> dict[str, Tensor]:
+    """Gradient of ``loss_of(k)``, the loss of example k alone, by each parameter: name -> [n, *parameter.shape]."""
+    trainable = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    rows = []
+    for k in range(n):
+        found = torch.autograd.grad(loss_of(k), list(parameters.values()), allow_unused=True, materialize_grads=True)
+        rows.append([gradient.detach() for gradient in found])
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(trainable[name])
+    return {name: torch.stack([row[j] for row in rows]) for j, name in enumerate(parameters)}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lightning_influence.capture.component import Component, find_components
+from lightning_influence.capture.component import Component, Coverage, find_components, parameter_gradients
 from lightning_influence.capture.examples import ExampleLoader
-from lightning_influence.capture.gradient_capture import Coverage, GradientCapture
+from lightning_influence.capture.gradient_capture import GradientCapture
 from lightning_influence.capture.losses import (
     ClassificationLoss,
     ExampleLoss,
@@ -29,5 +29,6 @@ __all__ = [
     "ModuleLoss",
     "RegressionLoss",
     "find_components",
+    "parameter_gradients",
     "resolve_loss",
 ]

@@ -1,7 +1,10 @@
-"""What a batch is, whatever its layout: its size, its device, one example of it."""
+"""What a batch is, whatever its layout: its size, its device."""
 
 from __future__ import annotations
 
+import copy
+from collections import UserDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,33 +24,27 @@ def batch_size(batch: Any) -> int:
     raise ValueError(f"a batch of type {type(batch).__name__} holds no tensor; expected tensors with examples first.")
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on a device."""
-    return _map(batch, lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf)
-
-
-def examples(batch: Any, index: list[int]) -> Any:
-    """The batch with only some of its examples: every tensor or list as long as the batch is cut."""
-    n = batch_size(batch)
-
-    def cut(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == n:
-            return leaf[index]
-        return leaf
-
-    return _map(batch, cut)
-
-
 def leaves(batch: Any) -> list[Any]:
     """Everything in a batch that is not a container."""
-    return pytree.tree_leaves(_plain(batch))
+    found: list[Any] = []
+    for leaf in pytree.tree_leaves(batch):
+        found += leaves(dict(leaf)) if isinstance(leaf, UserDict) else [leaf]
+    return found
 
 
-def _map(batch: Any, function: Any) -> Any:
-    return pytree.tree_map(function, _plain(batch))
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on a device."""
+    return map_tensors(batch, lambda tensor: tensor.to(device))
 
 
-def _plain(batch: Any) -> Any:
-    # BatchEncoding and its like are user dictionaries, which pytree takes for leaves.
-    data = getattr(batch, "data", None)
-    return dict(data) if isinstance(data, dict) and hasattr(batch, "keys") else batch
+def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The batch with a function applied to its tensors, in containers of the same types."""
+
+    def apply(leaf: Any) -> Any:
+        if isinstance(leaf, UserDict):  # the BatchEncoding of transformers, which pytree takes for a leaf
+            twin = copy.copy(leaf)
+            twin.data = {key: map_tensors(value, function) for key, value in leaf.items()}
+            return twin
+        return function(leaf) if isinstance(leaf, Tensor) else leaf
+
+    return pytree.tree_map(apply, batch)

@@ -1,20 +1,19 @@
-"""Which parameters of a model are looked at: components, and how a user names them."""
+"""Which parameters of a model are looked at: blocks of them, whose gradients are kept apart."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from lightning_influence.capture.layers import LayerRule, rule_for
+from lightning_influence.capture.layers import FALLBACK, LayerRule, rule_for
+from lightning_influence.capture.owners import Select as Select
+from lightning_influence.capture.owners import owners_of, taken
 from lightning_influence.errors import UnsupportedLayerError
-
-Selector: TypeAlias = Callable[[str, nn.Module], bool]
-Select: TypeAlias = str | Iterable[str] | Selector | None
 
 
 class Use(NamedTuple):
@@ -52,13 +51,26 @@ class Component:
         return prod(self.shape)
 
 
-PRESETS: dict[str, str | None] = {
-    "all-linear": None,
-    "mlp": r"(^|\.)(mlp|ffn|feed_forward)(\.|$)|(^|\.)(gate|up|down)_proj(\.|$)|(^|\.)fc[12](\.|$)",
-    "attention": r"(^|\.)(self_attn|attn|attention|self_attention)(\.|$)|(^|\.)[qkvo]_proj(\.|$)",
-    "embedding": None,
-    "lora": r"(^|\.)lora_",
-}
+@dataclass(frozen=True)
+class Coverage:
+    """Which of a model's trainable parameters the components cover.
+
+    Attributes:
+        covered: Number of trainable parameters that belong to a component.
+        total: Number of trainable parameters.
+        missing: Qualified names of trainable parameters that belong to none.
+    """
+
+    covered: int
+    total: int
+    missing: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """One line for a log."""
+        share = 100 * (1 - self.covered / max(1, self.total))
+        left = f"; left out ({share:.3g} %): {', '.join(self.missing[:8])}" if self.missing else ""
+        more = f" and {len(self.missing) - 8} more" if len(self.missing) > 8 else ""
+        return f"{self.covered:,} of {self.total:,} trainable parameters covered{left}{more}"
 
 
 def find_components(model: nn.Module, select: Select = None) -> list[Component]:
@@ -70,26 +82,26 @@ def find_components(model: nn.Module, select: Select = None) -> list[Component]:
             ``"embedding"``, ``"lora"``), a module name or a regular expression searched in module names; an
             iterable of those; or a callable ``(module name, module) -> bool``. A frozen layer that is named
             is taken with all its parameters; of a partly trainable one the trainable parameters are taken.
+            A parameter that several modules use is taken with all of them.
 
     Raises:
         ValueError: If a name or expression matches no module with parameters.
         UnsupportedLayerError: If nothing is left to look at.
     """
-    owners = _owners(model, select)
+    owners = owners_of(model)
+    wanted = taken(owners, select)
     users: dict[int, list[tuple[str, str]]] = {}
-    for name, (module, own) in owners.items():
-        for local in own:
-            users.setdefault(id(module.get_parameter(local)), []).append((name, local))
-    components = []
-    for name, (module, own) in owners.items():
-        alone = tuple(p for p in own if len(users[id(module.get_parameter(p))]) == 1)
-        if alone:
-            components.append(_component(model, name, (Use(name, alone),)))
-        for local in own:
-            shared = users[id(module.get_parameter(local))]
-            if len(shared) > 1 and shared[0] == (name, local):
-                label = name if not alone else f"{name}.{local}"
-                components.append(_component(model, label, tuple(Use(m, (p,)) for m, p in shared)))
+    for owner in owners:
+        for local, parameter in owner.parameters.items():
+            if id(parameter) in wanted:
+                users.setdefault(id(parameter), []).append((owner.name, local))
+    # Parameters that the same modules share belong together.
+    groups: dict[tuple[str, ...], list[list[tuple[str, str]]]] = {}
+    for uses in users.values():
+        groups.setdefault(tuple(module for module, _ in uses), []).append(uses)
+    components = [
+        _component(model, _label(modules, group[0], groups), _uses(modules, group)) for modules, group in groups.items()
+    ]
     if not components:
         raise UnsupportedLayerError(
             f"find_components(select={select!r}): {type(model).__name__} has no component left. Expected at least "
@@ -98,68 +110,91 @@ def find_components(model: nn.Module, select: Select = None) -> list[Component]:
     return components
 
 
-def _component(model: nn.Module, name: str, uses: tuple[Use, ...]) -> Component:
-    module = model.get_submodule(uses[0].module)
-    rule = rule_for(module, uses[0].parameters)
-    parameters = tuple(f"{uses[0].module}.{p}".lstrip(".") for p in uses[0].parameters)
-    return Component(name, rule.kind, uses, parameters, rule.shape(module, uses[0].parameters))
+def coverage_of(model: nn.Module, components: Iterable[Component]) -> Coverage:
+    """How much of a model's trainable parameters some components cover."""
+    covered = {
+        id(model.get_submodule(use.module).get_parameter(p))
+        for c in components
+        for use in c.uses
+        for p in use.parameters
+    }
+    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    missing = {n: p.numel() for n, p in trainable if id(p) not in covered}
+    total = sum(p.numel() for _, p in trainable)
+    return Coverage(total - sum(missing.values()), total, tuple(missing))
 
 
-def _owners(model: nn.Module, select: Select) -> dict[str, tuple[nn.Module, tuple[str, ...]]]:
-    """Module name -> (module, its own parameters to cover).
+def check_components(model: nn.Module, components: Sequence[Component]) -> None:
+    """Refuse components that are not this model's, such as those of another architecture.
 
-    Selection is by module; a tied parameter is covered wholly when one of its modules is selected.
+    Raises:
+        ValueError: Naming every component that differs, and how.
     """
-    everything: dict[str, tuple[nn.Module, LayerRule]] = {}
-    skip: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if skip and name.startswith(skip):
-            continue
-        rule = rule_for(module, tuple(k for k, p in module._parameters.items() if p is not None))
-        if name and rule.claims_children(module):
-            skip += (f"{name}.",)
-        everything[name] = (module, rule)
-    chosen = {n: m for n, (m, _) in everything.items() if any(True for _ in _own(m, everything[n][1]))}
-    if select is not None:
-        chosen = _select(chosen, select)
-    taken = {id(p) for n, m in chosen.items() for _, p in _trainable(m, everything[n][1], select is not None)}
-    owners = {}
-    for name, (module, rule) in everything.items():
-        own = tuple(k for k, p in _own(module, rule) if id(p) in taken)
-        if own:
-            owners[name] = (module, own)
-    return owners
-
-
-def _own(module: nn.Module, rule: LayerRule) -> Iterable[tuple[str, nn.Parameter]]:
-    return module.named_parameters(recurse=rule.claims_children(module))
-
-
-def _trainable(module: nn.Module, rule: LayerRule, explicit: bool) -> list[tuple[str, nn.Parameter]]:
-    own = list(_own(module, rule))
-    trainable = [(k, p) for k, p in own if p.requires_grad]
-    return own if explicit and not trainable else trainable
-
-
-def _select(modules: dict[str, nn.Module], select: Select) -> dict[str, nn.Module]:
-    if callable(select):
-        return {n: m for n, m in modules.items() if select(n, m)}
-    wanted = [select] if isinstance(select, str) else list(select or ())
-    found: set[str] = set()
-    for want in wanted:
-        hits = {n for n, m in modules.items() if _matches(want, n, m)}
-        if not hits:
-            raise ValueError(
-                f"find_components(select={want!r}): no module with parameters matches. Expected one of the presets "
-                f"{sorted(PRESETS)}, a module name or a regular expression; the model has {list(modules)[:8]}..."
+    problems = []
+    for component in components:
+        try:
+            found: object = _component(model, component.name, component.uses)
+        except AttributeError as error:
+            found = error
+        if found != component:
+            problems.append(
+                f"{component.name}: {found if isinstance(found, Exception) else 'has another shape or kind'}"
             )
-        found |= hits
-    return {n: m for n, m in modules.items() if n in found}
+    if problems:
+        raise ValueError(
+            f"{len(problems)} of {len(components)} components are not those of this {type(model).__name__}: "
+            f"{'; '.join(problems[:8])}. Expected components of the same architecture; see find_components(model)."
+        )
 
 
-def _matches(want: str, name: str, module: nn.Module) -> bool:
-    if want in ("all-linear", "embedding"):
-        own = tuple(k for k, p in module._parameters.items() if p is not None)
-        return rule_for(module, own).kind == {"all-linear": "linear", "embedding": "embedding"}[want]
-    pattern = PRESETS.get(want)
-    return name == want or re.search(want if pattern is None else pattern, name) is not None
+def packing(model: nn.Module, uses: Sequence[Use]) -> LayerRule:
+    """The rule in whose form a component's gradient is kept: that of its modules when they agree.
+
+    Modules that share a parameter but would arrange it differently (an embedding and a transposed head) are kept
+    as one flat vector, which is the form of the fallback.
+    """
+    forms = {_form(model, use) for use in uses}
+    return rule_for(model.get_submodule(uses[0].module)) if len(forms) == 1 else FALLBACK
+
+
+def parameter_gradients(model: nn.Module, component: Component, gradients: Tensor) -> dict[str, Tensor]:
+    """Take a component's gradients apart: [n, *component.shape] -> qualified name -> [n, *parameter.shape].
+
+    >>> model = nn.Linear(2, 3)
+    >>> [component] = find_components(model)
+    >>> {name: g.shape for name, g in parameter_gradients(model, component, torch.zeros(4, 3, 3)).items()}
+    {'weight': torch.Size([4, 3, 2]), 'bias': torch.Size([4, 3])}
+    """
+    use = component.uses[0]
+    parts = packing(model, component.uses).split(model.get_submodule(use.module), use.parameters, gradients)
+    return {_join(use.module, local): parts[local] for local in use.parameters}
+
+
+def _form(model: nn.Module, use: Use) -> tuple[object, ...]:
+    """Two uses with the same form arrange a gradient in the same way."""
+    module = model.get_submodule(use.module)
+    rule = rule_for(module)
+    shape = rule.shape(module, use.parameters)
+    parts = rule.split(module, use.parameters, torch.empty(1, *shape, device="meta"))
+    return (shape, *((parts[p].shape, parts[p].stride()) for p in use.parameters))
+
+
+def _component(model: nn.Module, name: str, uses: tuple[Use, ...]) -> Component:
+    first = uses[0]
+    rule = packing(model, uses)
+    shape = rule.shape(model.get_submodule(first.module), first.parameters)
+    return Component(name, rule.kind, uses, tuple(_join(first.module, p) for p in first.parameters), shape)
+
+
+def _uses(modules: tuple[str, ...], group: list[list[tuple[str, str]]]) -> tuple[Use, ...]:
+    return tuple(Use(module, tuple(users[k][1] for users in group)) for k, module in enumerate(modules))
+
+
+def _label(modules: tuple[str, ...], users: list[tuple[str, str]], groups: Iterable[tuple[str, ...]]) -> str:
+    """The name of the module, with that of a parameter where the module has further ones in other components."""
+    alone = len(modules) == 1 or sum(other[0] == modules[0] for other in groups) == 1
+    return modules[0] if alone else _join(*users[0])
+
+
+def _join(module: str, parameter: str) -> str:
+    return f"{module}.{parameter}" if module else parameter

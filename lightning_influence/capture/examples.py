@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import Any, cast
 
 import torch
@@ -33,34 +33,25 @@ class ExampleLoader:
         collate_fn: Callable[[list[Any]], Any] | None = None,
         indices: Sequence[int] | None = None,
     ) -> None:
-        dataset: Any = data
         if isinstance(data, ExampleLoader):
-            dataset, indices = data.dataset, list(data.ids) if indices is None else indices
-            batch_size, collate_fn = batch_size or data.batch_size, collate_fn or data.collate_fn
+            indices = data.ids if indices is None else indices
+            batch_size = data.batch_size if batch_size is None else batch_size
         elif isinstance(data, DataLoader):
-            dataset, collate_fn = data.dataset, collate_fn or data.collate_fn
-            batch_size = batch_size or data.batch_size or getattr(data.batch_sampler, "batch_size", None)
-        if (
-            isinstance(dataset, IterableDataset)
-            or not hasattr(dataset, "__getitem__")
-            or not hasattr(dataset, "__len__")
-        ):
-            raise ValueError(
-                f"ExampleLoader({type(dataset).__name__}): examples need stable ids. Expected a map-style dataset "
-                "with __len__ and __getitem__, or a DataLoader over one."
-            )
-        size = len(cast(Sized, dataset))
+            batch_size = _loader_batch_size(data) if batch_size is None else batch_size
+        if isinstance(data, (ExampleLoader, DataLoader)):
+            data, collate_fn = data.dataset, collate_fn or data.collate_fn
+        size = _checked_size(data)
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise ValueError(f"`ExampleLoader(batch_size={batch_size!r})`: expected an int >= 1.")
         self.ids: list[int] = list(range(size)) if indices is None else [int(k) for k in indices]
         if not self.ids:
             raise ValueError(
-                f"ExampleLoader({type(dataset).__name__}): the data is empty; expected at least one example."
+                f"`ExampleLoader({type(data).__name__})`: the data is empty; expected at least one example."
             )
         outside = [k for k in self.ids if not 0 <= k < size]
         if outside:
-            raise ValueError(f"ExampleLoader: indices {outside[:5]} lie outside the dataset of {size} examples.")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"ExampleLoader(batch_size={batch_size}): expected an int >= 1.")
-        self.dataset: Dataset[Any] = dataset
+            raise ValueError(f"`ExampleLoader(indices)`: {outside[:5]} lie outside the dataset of {size} examples.")
+        self.dataset: Dataset[Any] = data
         self.batch_size: int = batch_size or 32
         self.collate_fn: Callable[[list[Any]], Any] = collate_fn or default_collate
 
@@ -80,3 +71,25 @@ class ExampleLoader:
             fetch = getattr(self.dataset, "__getitems__", None)
             rows = fetch(ids) if fetch is not None else [self.dataset[k] for k in ids]
             yield torch.tensor(ids, dtype=torch.int64), self.collate_fn(rows)
+
+
+def _checked_size(dataset: Any) -> int:
+    """Number of examples of a map-style dataset."""
+    wrong = isinstance(dataset, (str, bytes, Mapping, IterableDataset))
+    if wrong or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        raise ValueError(
+            f"`ExampleLoader({type(dataset).__name__})`: examples need stable ids. Expected a map-style dataset with "
+            "__len__ and __getitem__, or a DataLoader over one; of a dictionary of splits pass one split."
+        )
+    return len(cast(Sized, dataset))
+
+
+def _loader_batch_size(loader: DataLoader[Any]) -> int | None:
+    """The batch size of a loader, also of one with a batch sampler of its own where that tells it."""
+    if loader.batch_sampler is None:
+        raise ValueError(
+            "`ExampleLoader(DataLoader(batch_size=None))`: the loader's dataset yields ready batches, whose examples "
+            "have no ids. Expected a loader that forms batches of single examples."
+        )
+    found = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
+    return found if isinstance(found, int) else None

@@ -2,56 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils import _pytree as pytree
-from torch.utils.hooks import RemovableHandle
 
-from lightning_influence.capture.batches import batch_size
-from lightning_influence.capture.component import Component, Select, find_components
-from lightning_influence.capture.layers import LayerCall, rule_for
-from lightning_influence.capture.record import LayerRecord, merged
+from lightning_influence.capture.batches import batch_size, map_tensors
+from lightning_influence.capture.calls import CallLog
+from lightning_influence.capture.component import (
+    Component,
+    Coverage,
+    check_components,
+    coverage_of,
+    find_components,
+    packing,
+)
+from lightning_influence.capture.contexts import eager, evaluating, full_precision
+from lightning_influence.capture.layers import LayerRule, rule_for
+from lightning_influence.capture.layers.base import widened
+from lightning_influence.capture.owners import Select
+from lightning_influence.capture.record import DenseRecord, LayerRecord, merged
 from lightning_influence.errors import UnsupportedLayerError
 
-
-@dataclass(frozen=True)
-class Coverage:
-    """Which of a model's trainable parameters the components cover.
-
-    Attributes:
-        covered: Number of trainable parameters that belong to a component.
-        total: Number of trainable parameters.
-        missing: Qualified names of trainable parameters that belong to none.
-    """
-
-    covered: int
-    total: int
-    missing: tuple[str, ...]
-
-    def __str__(self) -> str:
-        """One line for a log."""
-        share = 100 * (1 - self.covered / max(1, self.total))
-        left = f"; left out ({share:.2g} %): {', '.join(self.missing[:8])}" if self.missing else ""
-        more = f" and {len(self.missing) - 8} more" if len(self.missing) > 8 else ""
-        return f"{self.covered:,} of {self.total:,} trainable parameters covered{left}{more}"
-
-
-@dataclass
-class _Call:
-    """A module call during the forward pass of a recording."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    versions: tuple[int, ...]
-    edges: list[GradientEdge] = field(default_factory=list)
-    outputs: list[tuple[torch.Size, torch.dtype, torch.device]] = field(default_factory=list)
-    places: list[int] = field(default_factory=list)
+Losses = Callable[[nn.Module, Any], Tensor]
 
 
 class GradientCapture:
@@ -63,9 +39,13 @@ class GradientCapture:
     gradients are not defined under batch statistics and not reproducible under dropout); modes are restored
     module by module on exit.
 
+    The first batch is passed backward once more with weighted losses, to make sure that every row of every
+    component's gradient belongs to one example.
+
     Args:
         model: Any module.
-        components: What `find_components` takes, or a list of components it returned.
+        components: What `find_components` takes, or components that it returned. With None, which means
+            everything trainable, parameters that cannot be covered are named in a warning.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -75,53 +55,53 @@ class GradientCapture:
         torch.Size([3, 1, 3])
     """
 
-    def __init__(self, model: nn.Module, components: Select | list[Component] = None) -> None:
+    def __init__(self, model: nn.Module, components: Select | Iterable[Component] = None) -> None:
         self.model = model
-        if isinstance(components, list) and components and isinstance(components[0], Component):
-            self.components = [c for c in components if isinstance(c, Component)]
-        else:
-            self.components = find_components(model, components)  # type: ignore[arg-type]
-        self._parameters = {use.module: use.parameters for c in self.components for use in c.uses}
-        self._handles: list[RemovableHandle] = []
-        self._calls: dict[str, list[_Call]] = {}
-        self._n: int | None = None
-        self._exit = ExitStack()
+        self.components = _resolved(model, components)
+        if components is None and self.coverage.missing:
+            warnings.warn(f"GradientCapture: {self.coverage}. Their influence is not recorded.", stacklevel=2)
+        used = dict.fromkeys(use.module for c in self.components for use in c.uses)
+        self._modules = {name: model.get_submodule(name) for name in used}
+        self._rules = {name: rule_for(module) for name, module in self._modules.items()}
+        self._packings = {c.name: packing(model, c.uses) for c in self.components}
+        self._shared: set[str] = set()
+        self._checked = False
+        self._log: CallLog | None = None
+        self._exit: ExitStack | None = None
 
     @property
     def coverage(self) -> Coverage:
         """How much of the trainable parameters the components cover."""
-        covered = {
-            id(self.model.get_submodule(use.module).get_parameter(p))
-            for c in self.components
-            for use in c.uses
-            for p in use.parameters
-        }
-        trainable = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        missing = tuple(n for n, p in trainable if id(p) not in covered)
-        total = sum(p.numel() for _, p in trainable)
-        return Coverage(total - sum(p.numel() for n, p in trainable if n in missing), total, missing)
+        return coverage_of(self.model, self.components)
 
     def __enter__(self) -> GradientCapture:
         """Attach the hooks and switch to evaluation mode."""
-        self._exit.enter_context(_evaluating(self.model))
-        for name in self._parameters:
-            module = self.model.get_submodule(name)
-            hook = _forward_hook(self, name)
-            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        if self._exit is not None:
+            raise RuntimeError("GradientCapture: the capture is active already; leave it before entering it again.")
+        self._exit = ExitStack()
+        self._exit.enter_context(evaluating(self.model))
+        for name, module in self._modules.items():
+            enter, leave = _hooks(self, name)
+            # A formula holds for the layer itself, so its hook is the first; a call that is repeated comes with the
+            # hooks of others, so it is noted before and after them.
+            repeats = self._rules[name].repeats_call
+            if repeats:
+                before = module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
+                self._exit.callback(before.remove)
+            after = module.register_forward_hook(leave, prepend=not repeats, with_kwargs=True)
+            self._exit.callback(after.remove)
         return self
 
     def __exit__(self, *exception: object) -> None:
         """Remove the hooks and restore the modes, whatever happened."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._calls.clear()
-        self._exit.close()
+        assert self._exit is not None
+        stack, self._exit = self._exit, None
+        stack.close()
 
     def record(
         self,
         batch: Any,
-        losses: Callable[[nn.Module, Any], Tensor],
+        losses: Losses,
         ids: Tensor | None = None,
         mask: Tensor | None = None,
         n: int | None = None,
@@ -130,39 +110,62 @@ class GradientCapture:
 
         Args:
             batch: Handed to ``losses``.
-            losses: ``(model, batch) -> [n]``, the loss of each example on its own.
+            losses: ``(model, batch) -> [n]``, the loss of each example on its own. It runs under the caller's
+                autocast, nothing else here does.
             ids: Ids of the examples, int64 [n]; None numbers them.
             mask: Positions that belong to an example, bool [n, t].
             n: Number of examples; None takes the first dimension of the batch.
 
         Raises:
             ValueError: If the losses are not one finite number per example.
-            UnsupportedLayerError: If a component did not run, or saw something other than examples first.
+            UnsupportedLayerError: If components did not run, or saw something other than examples; all are named.
         """
         n = batch_size(batch) if n is None else n
         ids = torch.arange(n) if ids is None else ids.cpu()
-        with torch.inference_mode(False), torch.enable_grad(), _eager():
-            values = self._forward(batch, losses, n, ids)
-            gradients = self._backward(values)
-        calls, self._calls = self._calls, {}
-        with torch.no_grad(), torch.autocast(values.device.type, enabled=False):
-            for component in self.components:
-                yield self._assemble(component, calls, gradients, ids, mask)
+        if tuple(ids.shape) != (n,):
+            raise ValueError(f"GradientCapture.record(ids): got shape {tuple(ids.shape)} for {n} examples.")
+        log = self._observed(batch, losses, ids)
+        for component in self.components:
+            with torch.inference_mode(False), torch.no_grad(), full_precision():
+                record = self._assembled(component, log, ids, mask)
+            yield record
 
-    def _forward(self, batch: Any, losses: Callable[[nn.Module, Any], Tensor], n: int, ids: Tensor) -> Tensor:
-        if not self._handles:
+    def _observed(self, batch: Any, losses: Losses, ids: Tensor) -> CallLog:
+        """One forward and one backward pass with everything noted."""
+        if self._exit is None:
             raise RuntimeError(
                 "GradientCapture.record: the capture is not active; use it as `with GradientCapture(...) as capture:`."
             )
-        self._n, self._calls = n, {}
+        with torch.inference_mode(False), torch.enable_grad(), eager():
+            # What was made in inference mode cannot enter a graph.
+            batch = map_tensors(batch, lambda t: t.clone() if t.is_inference() else t)
+            self._log = log = CallLog(len(ids), self._shared)
+            try:
+                values = self._values(batch, losses, ids)
+                with full_precision():
+                    self._backward(values, log)
+            finally:
+                self._log = None
+            if not self._checked and log.shared:
+                self._check_shared(values, losses(self.model, batch))
+        self._checked = self._checked or len(ids) > 1
+        return log
+
+    def _values(self, batch: Any, losses: Losses, ids: Tensor) -> Tensor:
+        """The losses, checked."""
+        assert self._log is not None
+        n = len(ids)
         try:
             values = losses(self.model, batch)
-        finally:
-            self._n = None
-        if tuple(values.shape) != (n,):
+        except RuntimeError as error:
+            if self._log.shared:  # an output got a dimension that it did not have
+                raise UnsupportedLayerError(self._refusal(dict.fromkeys(self._log.shared, _SHARED))) from error
+            raise
+        if not isinstance(values, Tensor) or tuple(values.shape) != (n,):
+            shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(
-                f"the loss of a batch of {n} examples has shape {tuple(values.shape)}; expected one loss per example, "
-                f"[{n}]. Return losses with reduction='none', or define example_losses(batch) on the module."
+                f"the loss of a batch of {n} examples has shape {shape}; expected one loss per example, [{n}]. Return "
+                "losses with reduction='none', or define example_losses(batch) on the module."
             )
         bad = ids[~torch.isfinite(values.detach()).cpu()]
         if len(bad):
@@ -170,125 +173,132 @@ class GradientCapture:
                 f"the loss of {len(bad)} of {n} examples is not finite (ids {bad[:8].tolist()}); expected finite "
                 "losses. Remove these examples or repair the model before recording."
             )
-        silent = [c.name for c in self.components if not any(self._calls.get(use.module) for use in c.uses)]
+        ran = {call.module for call in self._log}
+        silent = {c.uses[0].module: _SILENT for c in self.components if not ran & {use.module for use in c.uses}}
         if silent:
-            raise UnsupportedLayerError(
-                f"{len(silent)} of {len(self.components)} components never ran in the forward pass, so they have no "
-                f"gradient: {silent[:8]}. Leave them out with components=, or name the module that uses their weights."
-            )
+            raise UnsupportedLayerError(self._refusal(silent))
         return values
 
-    def _backward(self, values: Tensor) -> dict[int, tuple[Tensor, ...]]:
-        """Gradients at every noted place, by the identity of the call."""
-        calls = [call for group in self._calls.values() for call in group]
-        edges = [edge for call in calls for edge in call.edges]
+    def _backward(self, values: Tensor, log: CallLog) -> None:
+        """Gradients at every noted place."""
+        edges, n = log.edges, log.n
         if not edges or not values.requires_grad:
             raise ValueError(
                 "the losses do not depend on any component: is the loss detached, or every input constant?"
             )
-        found = iter(torch.autograd.grad(values.sum(), edges, allow_unused=True))
-        return {id(call): tuple(_or_zeros(next(found), *output) for output in call.outputs) for call in calls}
+        weights = 0.5 ** (torch.arange(n) % 3)  # powers of two, so that rounding does not enter
+        weighted: Iterable[Tensor | None] = ()
+        if not self._checked and n > 1:
+            total = (values * weights.to(values)).sum()
+            weighted = torch.autograd.grad(total, edges, retain_graph=True, allow_unused=True)
+        log.receive(torch.autograd.grad(values.sum(), edges, allow_unused=True))
+        problems = {call.module: problem for call in reversed(log.calls) if (problem := call.problem(n)) is not None}
+        if not problems and weighted:
+            problems = dict.fromkeys(_mixing(log, weighted, weights), _MIXED)
+        if problems:
+            raise UnsupportedLayerError(self._refusal(problems))
 
-    def _assemble(
-        self,
-        component: Component,
-        calls: dict[str, list[_Call]],
-        gradients: dict[int, tuple[Tensor, ...]],
-        ids: Tensor,
-        mask: Tensor | None,
-    ) -> LayerRecord:
+    def _check_shared(self, values: Tensor, plain: Tensor) -> None:
+        """The losses must be what they are without the dimension that shared outputs were given."""
+        if values.shape != plain.shape or not torch.allclose(values, plain, rtol=1e-3, atol=1e-5):
+            raise UnsupportedLayerError(self._refusal(dict.fromkeys(self._shared, _SHARED)))
+
+    def _assembled(self, component: Component, log: CallLog, ids: Tensor, mask: Tensor | None) -> LayerRecord:
         records = []
         for use in component.uses:
-            module = self.model.get_submodule(use.module)
-            rule = rule_for(module, use.parameters)
-            for call in calls.get(use.module, ()):
-                _check_untouched(use.module, call)
-                seen = LayerCall(call.args, call.kwargs, gradients[id(call)], tuple(call.places))
-                records.append(rule.record(module, use.parameters, seen, ids, mask))
+            module, rule = self._modules[use.module], self._rules[use.module]
+            for call in log:
+                if call.module != use.module:
+                    continue
+                try:
+                    record = rule.record(module, use.parameters, call.layer_call(log.n), ids, mask)
+                except UnsupportedLayerError as error:
+                    raise UnsupportedLayerError(self._refusal({use.module: str(error)})) from error
+                records.append(_packed(record, rule, self._packings[component.name], module, use.parameters))
         return merged(records)
 
-    def _note(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Forward hook: keep inputs and the graph's edges of the outputs; hand back outputs that are in the graph."""
-        if self._n is None or not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
-            return None  # outside a recording, or an activation checkpoint recomputing inside the backward pass
-        rule, n = rule_for(module, self._parameters[name]), self._n
-        tensors, spec = pytree.tree_flatten((args, kwargs))
-        dim = rule.example_dimension(module)
-        inputs = [_expanded(t.detach(), n, dim) if isinstance(t, Tensor) else t for t in tensors]
-        args, kwargs = pytree.tree_unflatten(inputs, spec)
-        call = _Call(args, kwargs, tuple(t._version for t in inputs if isinstance(t, Tensor)))
-        outputs, spec = pytree.tree_flatten(output)
-        for k, value in enumerate(outputs):
-            if isinstance(value, Tensor) and value.is_floating_point() and (value.requires_grad or not call.edges):
-                dim = rule.example_dimension(module, k)
-                if not value.requires_grad:  # everything below is frozen: the graph starts here
-                    value = value.detach().requires_grad_().clone()
-                outputs[k] = value = _expanded(value, n, dim)
-                if value.shape[dim : dim + 1] != (n,):
-                    raise UnsupportedLayerError(_not_examples_first(name, dim, value, n))
-                call.edges.append(get_gradient_edge(value))
-                call.outputs.append((value.shape, value.dtype, value.device))
-                call.places.append(k)
-        self._calls.setdefault(name, []).append(call)
-        return pytree.tree_unflatten(outputs, spec)
-
-
-def _forward_hook(capture: GradientCapture, name: str) -> Callable[..., Any]:
-    # A plain function, which copy.deepcopy of the model copies by reference; a bound method would be copied
-    # together with the capture and a second model.
-    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        return capture._note(name, module, args, kwargs, output)
-
-    return hook
-
-
-def _expanded(tensor: Tensor, n: int, dim: int) -> Tensor:
-    """Give a tensor that is broadcast over the batch (position embeddings) one row per example."""
-    if tensor.dim() <= dim or tensor.shape[dim] != 1:
-        return tensor
-    return tensor.expand(*tensor.shape[:dim], n, *tensor.shape[dim + 1 :])
-
-
-def _not_examples_first(name: str, dim: int, value: Tensor, n: int) -> str:
-    return (
-        f"{name or 'the model'}: an output has shape {tuple(value.shape)}; expected the {n} examples of the batch in "
-        f"dimension {dim} (no flattened or time-first layout). Leave the layer out with components=."
-    )
-
-
-def _or_zeros(gradient: Tensor | None, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A loss that does not depend on an output leaves no gradient there."""
-    return torch.zeros(shape, dtype=dtype, device=device) if gradient is None else gradient
-
-
-def _check_untouched(name: str, call: _Call) -> None:
-    tensors = [t for t in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(t, Tensor)]
-    if tuple(t._version for t in tensors) != call.versions:
-        raise UnsupportedLayerError(
-            f"{name}: its input was modified in place after the layer ran, so its gradient cannot be formed. "
-            "Replace the in-place operation, or leave the layer out with components=."
+    def _refusal(self, problems: Mapping[str, str]) -> str:
+        """The text of an error about some modules."""
+        left = sum(c.numel for c in self.components if {use.module for use in c.uses} & set(problems))
+        share = 100 * left / sum(c.numel for c in self.components)
+        lines = [f"{name or type(self.model).__name__}: {problem}" for name, problem in sorted(problems.items())]
+        return (
+            f"{len(problems)} of {len(self._modules)} modules have no per-example gradient here ({share:.3g} % of the "
+            f"parameters looked at). {'. '.join(lines)}. Leave them out with components=, for example components="
+            f"lambda name, module: name not in {sorted(problems)}."
         )
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, restored module by module: .train() would also wake layers frozen in evaluation mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+_SILENT = (
+    "it never ran in the forward pass, or only under torch.no_grad() or in a reentrant checkpoint; if another module "
+    "uses its parameters, nothing was seen of it"
+)
+_SHARED = (
+    "its input has no dimension for the examples, and the model does something else when it gets one; "
+    "give position embeddings indices [1, t]"
+)
+_MIXED = (
+    "examples mix: row k of its gradient does not follow the loss of example k alone (batch statistics, a loss that "
+    "compares examples, or another layout in which a dimension happens to be as long as the batch)"
+)
 
 
-@contextmanager
-def _eager() -> Iterator[None]:
-    """Compiled modules skip hooks that were attached after compilation, so they run uncompiled here."""
-    stance = getattr(torch.compiler, "set_stance", None)
-    if stance is None:
-        yield
-    else:
-        with stance("force_eager"):
-            yield
+def _resolved(model: nn.Module, components: Select | Iterable[Component]) -> list[Component]:
+    if components is None or isinstance(components, str) or callable(components):
+        return find_components(model, components)
+    given = list(components)
+    found = [c for c in given if isinstance(c, Component)]
+    names = [c for c in given if isinstance(c, str)]
+    if len(names) == len(given):
+        return find_components(model, names)
+    if len(found) != len(given):
+        raise ValueError(f"GradientCapture(components={given!r}): expected components or names, not both.")
+    check_components(model, found)
+    return found
+
+
+def _hooks(capture: GradientCapture, name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    # Plain functions, which copy.deepcopy of the model copies by reference; a bound method would be copied together
+    # with the capture and a second model.
+    def listening(module: nn.Module) -> CallLog | None:
+        return capture._log if capture._modules[name] is module else None
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if (log := listening(module)) is not None:
+            log.enter(name, args, kwargs)
+
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if (log := listening(module)) is None:
+            return None
+        return log.leave(name, module, capture._rules[name], args, kwargs, output)
+
+    return enter, leave
+
+
+def _mixing(log: CallLog, weighted: Iterable[Tensor | None], weights: Tensor) -> Iterator[str]:
+    """Modules whose output gradients do not scale, row by row, with the weights of the losses."""
+    rest = iter(weighted)
+    for call in log:
+        for output, gradient in zip(call.outputs, call.gradients, strict=True):
+            scaled = next(rest)
+            if gradient is None or scaled is None:
+                continue
+            before, after = _row_norms(gradient, output.dim), _row_norms(scaled, output.dim)
+            if (after - before * weights.to(before)).abs().max() > 1e-2 * before.max():
+                yield call.module
+
+
+def _row_norms(gradient: Tensor, dim: int) -> Tensor:
+    rows = widened(gradient.movedim(dim, 0).flatten(1))
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norms
+
+
+def _packed(
+    record: LayerRecord, own: LayerRule, wanted: LayerRule, module: nn.Module, parameters: tuple[str, ...]
+) -> LayerRecord:
+    """Bring a record to the form of its component, where modules that share parameters do not agree on one."""
+    if not wanted.repeats_call or own.repeats_call:
+        return record
+    parts = own.split(module, parameters, record.example_gradients())
+    return DenseRecord(record.ids, torch.cat([parts[p].flatten(1) for p in parameters], dim=1))

@@ -2,7 +2,7 @@
 
 A linear layer's gradient is a sum of outer products over positions, so inner products, norms and contractions
 can be had from its factors. Every method here picks the factored or the materialised way by counting
-multiplications; both give the same numbers.
+multiplications; both give the same numbers, and neither is touched by autocast.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
+
+from lightning_influence.capture.contexts import full_precision
 
 # Elements of one intermediate: 16 MiB of float32, small against a batch's activations, large for a matmul.
 CHUNK = 4 * 1024 * 1024
@@ -44,21 +47,28 @@ class LayerRecord(ABC):
     def example_numel(self) -> int:
         """Size of one example's gradient."""
 
+    def joined(self, other: LayerRecord) -> LayerRecord:
+        """The record of the sums of both records' gradients, for a component that was used twice."""
+        return SumRecord(self.ids, (self, other))
+
     def chunks(self) -> Sequence[LayerRecord]:
         """The record in pieces whose materialised gradients stay small."""
         step = max(1, CHUNK // max(1, self.example_numel))
         return [self.narrow(k, min(k + step, len(self))) for k in range(0, len(self), step)]
 
+    @full_precision()
     def contract(self, gradients: Tensor) -> Tensor:
         """Inner products of given matrices with every example: [q, *component.shape] -> [q, n]."""
         left = gradients.flatten(1)
         return torch.cat([left @ part.example_gradients().flatten(1).mT for part in self.chunks()], dim=1)
 
+    @full_precision()
     def dot_products(self, other: LayerRecord) -> Tensor:
         """Inner products with the examples of another record of the same component, [n, m]."""
         parts = [other.contract(part.example_gradients()) for part in self.chunks()]
         return torch.cat(parts)
 
+    @full_precision()
     def squared_norms(self) -> Tensor:
         """Squared Euclidean norm of each example's gradient, [n]."""
         return torch.cat([part.example_gradients().flatten(1).square().sum(1) for part in self.chunks()])
@@ -97,10 +107,12 @@ class FactoredRecord(LayerRecord):
         mask = None if self.mask is None else self.mask[start:stop]
         return FactoredRecord(self.ids[start:stop], self.inputs[start:stop], self.gradients[start:stop], mask)
 
+    @full_precision()
     def example_gradients(self) -> Tensor:
         """[n, o, i]."""
         return torch.bmm(self.gradients.mT, self.inputs)
 
+    @full_precision()
     def contract(self, gradients: Tensor) -> Tensor:
         """[q, o, i] -> [q, n]: s^T (V a) for one position or one matrix, else through the small g = sum s a^T."""
         n, t, i, o = self.sizes
@@ -115,6 +127,7 @@ class FactoredRecord(LayerRecord):
             parts.append(torch.einsum("ntqo,nto->qn", moved, part.gradients))
         return torch.cat(parts, dim=1)
 
+    @full_precision()
     def dot_products(self, other: LayerRecord) -> Tensor:
         """[n, m]: sum over t, t' of (a_t . a'_t')(s_t . s'_t') when positions are few ([SP] A.2)."""
         if not isinstance(other, FactoredRecord):
@@ -131,6 +144,7 @@ class FactoredRecord(LayerRecord):
             parts.append(inner.reshape(len(part), t, m, u).sum((1, 3)))
         return torch.cat(parts)
 
+    @full_precision()
     def squared_norms(self) -> Tensor:
         """[n], from t x t Gram matrices when those are smaller than the gradient."""
         _, t, i, o = self.sizes
@@ -140,13 +154,17 @@ class FactoredRecord(LayerRecord):
         grams *= torch.bmm(self.gradients, self.gradients.mT)
         return grams.sum((1, 2))
 
-    def joined(self, other: FactoredRecord) -> FactoredRecord:
+    def joined(self, other: LayerRecord) -> LayerRecord:
         """The same layer called twice: its positions follow one another."""
-        mask = None
-        if self.mask is not None and other.mask is not None:
-            mask = torch.cat([self.mask, other.mask], dim=1)
-        inputs = torch.cat([self.inputs, other.inputs], dim=1)
-        return FactoredRecord(self.ids, inputs, torch.cat([self.gradients, other.gradients], dim=1), mask)
+        if not isinstance(other, FactoredRecord):
+            return super().joined(other)
+        masks = [p.mask if p.mask is not None else p.inputs.new_ones(p.inputs.shape[:2]).bool() for p in (self, other)]
+        return FactoredRecord(
+            self.ids,
+            torch.cat([self.inputs, other.inputs], dim=1),
+            torch.cat([self.gradients, other.gradients], dim=1),
+            None if self.mask is None and other.mask is None else torch.cat(masks, dim=1),
+        )
 
 
 @dataclass(frozen=True)
@@ -180,19 +198,29 @@ class IndexedRecord(LayerRecord):
         )
 
     def example_gradients(self) -> Tensor:
-        """[n, V, d]: large; the methods below avoid it."""
+        """[n, V, d]: large; the methods below avoid it where they can."""
         n, _, d = self.gradients.shape
         out = self.gradients.new_zeros(n, self.rows, d)
         return out.scatter_add_(1, self.indices.unsqueeze(-1).expand_as(self.gradients), self.gradients)
 
+    @full_precision()
     def contract(self, gradients: Tensor) -> Tensor:
         """[q, V, d] -> [q, n]: only the looked-up rows matter."""
-        picked = gradients[:, self.indices.reshape(-1)].reshape(len(gradients), *self.gradients.shape)
-        return torch.einsum("qntd,ntd->qn", picked, self.gradients)
+        q, t, d = len(gradients), *self.gradients.shape[1:]
+        step = max(1, CHUNK // max(1, q * t * d))
+        parts = []
+        for part in (self.narrow(k, min(k + step, len(self))) for k in range(0, len(self), step)):
+            picked = gradients[:, part.indices.reshape(-1)].reshape(q, len(part), t * d)
+            parts.append(torch.einsum("qnk,nk->qn", picked, part.gradients.flatten(1)))
+        return torch.cat(parts, dim=1)
 
+    @full_precision()
     def dot_products(self, other: LayerRecord) -> Tensor:
-        """[n, m]: positions that looked up the same row."""
+        """[n, m]: over pairs of positions that looked up the same row, when those are few."""
         if not isinstance(other, IndexedRecord):
+            return super().dot_products(other)
+        (_, t, _), (m, u, _) = self.gradients.shape, other.gradients.shape
+        if t * m * u >= self.rows + m * u:
             return super().dot_products(other)
         rows = []
         for part in (self.narrow(k, k + 1) for k in range(len(self))):
@@ -201,10 +229,18 @@ class IndexedRecord(LayerRecord):
             rows.append((inner * same).sum((0, 2)))
         return torch.stack(rows)
 
+    @full_precision()
     def squared_norms(self) -> Tensor:
         """[n]."""
         same = self.indices.unsqueeze(2) == self.indices.unsqueeze(1)
         return (torch.bmm(self.gradients, self.gradients.mT) * same).sum((1, 2))
+
+    def joined(self, other: LayerRecord) -> LayerRecord:
+        """The same table looked up twice."""
+        if not isinstance(other, IndexedRecord):
+            return super().joined(other)
+        indices = torch.cat([self.indices, other.indices], dim=1)
+        return replace(self, indices=indices, gradients=torch.cat([self.gradients, other.gradients], dim=1))
 
 
 @dataclass(frozen=True)
@@ -226,6 +262,14 @@ class DenseRecord(LayerRecord):
     def example_gradients(self) -> Tensor:
         """The values."""
         return self.values
+
+    def joined(self, other: LayerRecord) -> LayerRecord:
+        """Sum of the values."""
+        return (
+            DenseRecord(self.ids, self.values + other.values)
+            if isinstance(other, DenseRecord)
+            else super().joined(other)
+        )
 
 
 @dataclass(frozen=True)
@@ -258,14 +302,4 @@ class SumRecord(LayerRecord):
 
 def merged(records: Sequence[LayerRecord]) -> LayerRecord:
     """One record for all calls and uses of a component in a batch."""
-    if len(records) == 1:
-        return records[0]
-    first, second, *rest = records
-    both: LayerRecord
-    if isinstance(first, FactoredRecord) and isinstance(second, FactoredRecord):
-        both = first.joined(second)
-    elif isinstance(first, DenseRecord) and isinstance(second, DenseRecord):
-        both = DenseRecord(first.ids, first.values + second.values)
-    else:
-        both = SumRecord(first.ids, (first, second))
-    return merged([both, *rest])
+    return reduce(lambda left, right: left.joined(right), records)

@@ -54,20 +54,20 @@ def sample_categories(logits: Tensor, draws: Tensor) -> Tensor:
         int64 [p].
     """
     p, v = logits.shape
-    weights = torch.exp(logits - logits.amax(dim=1, keepdim=True)).to(torch.promote_types(logits.dtype, torch.float32))
-    if v > 2 * BLOCK:
-        weights = F.pad(weights, (0, -v % BLOCK)).reshape(p, -1, BLOCK)
-        block, rest = _invert(weights.sum(2).double(), draws)
-        inside = weights[torch.arange(p, device=weights.device), block].double()
-        column = torch.searchsorted(inside.cumsum(1), rest.unsqueeze(1), right=True).squeeze(1)
-        return (block * BLOCK + column.clamp_max(BLOCK - 1)).clamp_max(v - 1)
-    return _invert(weights.double(), draws)[0]
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    weights = torch.exp(logits - logits.amax(dim=1, keepdim=True))
+    if v <= 2 * BLOCK:
+        return _invert(weights.double(), draws)[0]
+    weights = F.pad(weights, (0, -v % BLOCK)).reshape(p, -1, BLOCK)
+    block, rest = _invert(weights.sum(2).double(), draws)
+    inside = weights[torch.arange(p, device=weights.device), block].double()
+    return block * BLOCK + _invert(inside, rest)[0]
 
 
 def _invert(weights: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Index of the cell that holds each draw, and how far into the cell it falls (same units as weights)."""
+    """The cell of positive weight that each draw falls into, and how far into it, as a part of 1."""
     edges = weights.cumsum(1)
-    point = draws.to(edges).unsqueeze(1) * edges[:, -1:]
-    cell = torch.searchsorted(edges, point, right=True).clamp_max(weights.shape[1] - 1)
-    below = edges.gather(1, cell) - weights.gather(1, cell)
-    return cell.squeeze(1), (point - below).squeeze(1)
+    point = draws.to(edges).clamp(0, 1 - 2.0**-53).unsqueeze(1) * edges[:, -1:]  # below the last edge, also rounded
+    cell = torch.searchsorted(edges, point, right=True).clamp_max(weights.shape[1] - 1)  # NaN sorts last
+    width = weights.gather(1, cell)
+    return cell.squeeze(1), ((point - edges.gather(1, cell) + width) / width).squeeze(1)

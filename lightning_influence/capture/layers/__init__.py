@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import nn
 
 from lightning_influence.capture.layers.base import LayerCall, LayerRule
@@ -13,16 +11,18 @@ from lightning_influence.capture.layers.fallback import FallbackRule
 from lightning_influence.capture.layers.linear import LinearRule
 from lightning_influence.capture.layers.norm import NormRule
 
+FALLBACK = FallbackRule()
 # The first that handles a module covers it; the fallback handles everything.
-RULES: tuple[LayerRule, ...] = (LinearRule(), EmbeddingRule(), NormRule(), ConvRule(), FallbackRule())
+RULES: tuple[LayerRule, ...] = (LinearRule(), EmbeddingRule(), NormRule(), ConvRule(), FALLBACK)
 
 
-def rule_for(module: nn.Module, parameters: Sequence[str]) -> LayerRule:
-    """The rule that covers these parameters of a module: the first that is exact for it."""
-    return next(rule for rule in RULES if rule.handles(module, parameters))
+def rule_for(module: nn.Module) -> LayerRule:
+    """The rule that covers a module: the first that is exact for it."""
+    return next(rule for rule in RULES if rule.handles(module))
 
 
 __all__ = [
+    "FALLBACK",
     "RULES",
     "ConvRule",
     "EmbeddingRule",

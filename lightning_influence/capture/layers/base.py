@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_influence.capture.record import LayerRecord
 
@@ -18,25 +19,26 @@ class LayerCall:
     """One call of a module in one forward pass, with what came back in the backward pass.
 
     Attributes:
-        args: Positional arguments, tensors detached and (where broadcast) expanded to the batch.
+        args: Positional arguments, tensors detached.
         kwargs: Keyword arguments, likewise.
         gradients: Gradient of the summed example losses with respect to each tensor of the output that
             takes part in the graph; zeros where the loss does not depend on it.
         outputs: Places of those tensors among the leaves of the output.
+        fingerprints: Of each of those tensors, for rules that call the module again.
+        precision: Relative precision with which the module computed.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     gradients: tuple[Tensor, ...]
     outputs: tuple[int, ...] = (0,)
+    fingerprints: tuple[Tensor, ...] = ()
+    precision: float = 1e-3
 
     @property
     def input(self) -> Tensor:
-        """The first tensor handed to the module."""
-        for value in (*self.args, *self.kwargs.values()):
-            if isinstance(value, Tensor):
-                return value
-        raise ValueError("the module was called without a tensor")
+        """The first tensor handed to the module; its first dimension may be 1, shared by all examples."""
+        return first_tensor(self.args, self.kwargs)
 
 
 class LayerRule(ABC):
@@ -44,14 +46,21 @@ class LayerRule(ABC):
 
     A rule has no state. The sum over the examples of a record's gradients equals ``parameter.grad``, and each
     one equals what autograd gives for that example alone.
+
+    Attributes:
+        module_types: The torch classes it covers.
+        kind: Family name that its components carry.
+        repeats_call: Whether it calls the module again. Then a call is noted from the outside, before and after
+            other hooks of the module; otherwise from the inside, where the layer's own formula holds.
     """
 
     module_types: ClassVar[tuple[type[nn.Module], ...]] = ()
     kind: ClassVar[str] = "other"
+    repeats_call: ClassVar[bool] = False
 
-    def handles(self, module: nn.Module, parameters: Sequence[str]) -> bool:
-        """Whether the rule is exact for this module: a subclass with a forward of its own may not be."""
-        return isinstance(module, self.module_types) and set(parameters) <= {"weight", "bias"}
+    def handles(self, module: nn.Module) -> bool:
+        """Whether the rule is exact for this module: one of the types, computing what that type computes."""
+        return is_plain(module, self.module_types)
 
     def claims_children(self, module: nn.Module) -> bool:
         """Whether the parameters of the module's children are covered together with its own."""
@@ -60,6 +69,10 @@ class LayerRule(ABC):
     def example_dimension(self, module: nn.Module, position: int = 0) -> int:
         """Dimension that runs over the examples in the output's tensor at ``position``."""
         return 0
+
+    def is_shared(self, inputs: Tensor, n: int) -> bool:
+        """Whether this input, and then the output, has no dimension for the examples but serves all of them."""
+        return False
 
     @abstractmethod
     def shape(self, module: nn.Module, parameters: Sequence[str]) -> tuple[int, ...]:
@@ -87,6 +100,28 @@ class LayerRule(ABC):
     @abstractmethod
     def split(self, module: nn.Module, parameters: Sequence[str], gradients: Tensor) -> dict[str, Tensor]:
         """Undo the packing: gradients [n, *shape] -> per parameter [n, *parameter.shape]."""
+
+
+def is_plain(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
+    """Whether a module computes what one of these classes does, from a weight and a bias that are parameters.
+
+    Not so for a subclass or an instance with another forward, and for a weight that is computed from something
+    else first (parametrisations, weight_norm, pruning).
+    """
+    if not isinstance(module, types) or "forward" in vars(module) or is_parametrized(module):
+        return False
+    own = {name for name, parameter in module._parameters.items() if parameter is not None}
+    return own <= {"weight", "bias"} and any(type(module).forward is t.forward for t in types)
+
+
+def first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The first tensor among the arguments of a call."""
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+
+
+def per_example(tensor: Tensor, n: int) -> Tensor:
+    """[1, ...] or [n, ...] -> [n, ...], without a copy."""
+    return tensor.expand(n, *tensor.shape[1:])
 
 
 def widened(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_influence.capture.layers.base import LayerCall, LayerRule, widened
+from lightning_influence.capture.layers.base import LayerCall, LayerRule, per_example, widened
 from lightning_influence.capture.layers.linear import factored
 from lightning_influence.capture.record import DenseRecord, FactoredRecord
 
@@ -16,16 +16,12 @@ from lightning_influence.capture.record import DenseRecord, FactoredRecord
 class ConvRule(LayerRule):
     """With the patch under output position t as a_t, a convolution is a linear layer over positions.
 
-    A grouped convolution has one small matrix per group; its gradient is formed at once, [n, o, i / groups].
+    Any padding mode, stride and dilation. A grouped convolution has one small matrix per group; its gradient is
+    formed at once, [n, o, i / groups].
     """
 
     module_types = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     kind = "conv"
-
-    def handles(self, module: nn.Module, parameters: Sequence[str]) -> bool:
-        """The torch classes with their own forward, any padding mode, stride, dilation and groups."""
-        own = any(type(module).forward is t.forward for t in self.module_types)
-        return own and super().handles(module, parameters)
 
     def shape(self, module: nn.Module, parameters: Sequence[str]) -> tuple[int, ...]:
         """(o, i / groups * kernel + bias)."""
@@ -41,12 +37,13 @@ class ConvRule(LayerRule):
         mask: Tensor | None,
     ) -> FactoredRecord | DenseRecord:
         """Patches [n, t, i + bias] and output gradients [n, t, o] over the output's positions t."""
+        assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
         gradients = widened(call.gradients[0]).flatten(2).mT
-        patches = _patches(module, widened(call.input))
-        groups = int(module.groups)  # type: ignore[arg-type]
+        n, t, o = gradients.shape
+        patches = _patches(module, per_example(widened(call.input), n))
+        groups = module.groups
         if groups == 1:
             return factored(patches.flatten(2), gradients, parameters, ids, None)
-        n, t, o = gradients.shape
         parts = []
         if "weight" in parameters:
             a = patches.reshape(n, t, groups, -1)
@@ -59,17 +56,16 @@ class ConvRule(LayerRule):
     def split(self, module: nn.Module, parameters: Sequence[str], gradients: Tensor) -> dict[str, Tensor]:
         """Weight columns first, then the bias column."""
         out = {}
+        if "weight" in parameters:
+            weight = gradients[:, :, :-1] if "bias" in parameters else gradients
+            out["weight"] = weight.reshape(-1, *module.get_parameter("weight").shape)
         if "bias" in parameters:
             out["bias"] = gradients[:, :, -1]
-            gradients = gradients[:, :, :-1]
-        if "weight" in parameters:
-            out["weight"] = gradients.reshape(-1, *module.get_parameter("weight").shape)
         return out
 
 
-def _patches(module: nn.Module, inputs: Tensor) -> Tensor:
+def _patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor) -> Tensor:
     """The input under each output position: [n, c, *space] -> [n, t, c, kernel elements]."""
-    assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     # Pairs from the last dimension on, also for padding="same"; the layer pads with them itself unless "zeros".
     pads = module._reversed_padding_repeated_twice
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode

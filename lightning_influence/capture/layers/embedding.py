@@ -17,10 +17,13 @@ class EmbeddingRule(LayerRule):
     module_types = (nn.Embedding,)
     kind = "embedding"
 
-    def handles(self, module: nn.Module, parameters: Sequence[str]) -> bool:
-        """nn.Embedding with its own forward; a maximal norm rescales rows in the forward pass, so not here."""
-        plain = isinstance(module, nn.Embedding) and module.max_norm is None and not module.scale_grad_by_freq
-        return plain and type(module).forward is nn.Embedding.forward and super().handles(module, parameters)
+    def handles(self, module: nn.Module) -> bool:
+        """nn.Embedding, but not scaled by the frequency of a token: that is another gradient."""
+        return super().handles(module) and not module.scale_grad_by_freq
+
+    def is_shared(self, inputs: Tensor, n: int) -> bool:
+        """Position embeddings looked up once for all examples: indices [t], output [t, d]."""
+        return inputs.dim() == 1 and len(inputs) != n
 
     def shape(self, module: nn.Module, parameters: Sequence[str]) -> tuple[int, ...]:
         """(V, d)."""
@@ -36,8 +39,9 @@ class EmbeddingRule(LayerRule):
     ) -> IndexedRecord:
         """Indices [n, t] and output gradients [n, t, d]; the padding row gets none."""
         weight = module.get_parameter("weight")
-        indices = call.input.reshape(len(ids), -1)
-        gradients = widened(call.gradients[0]).reshape(*indices.shape, weight.shape[1])
+        gradients = widened(call.gradients[0])
+        indices = call.input.expand(gradients.shape[:-1]).reshape(len(ids), -1)
+        gradients = gradients.reshape(*indices.shape, weight.shape[1])
         padding = module.padding_idx
         if isinstance(padding, int):
             gradients = torch.where((indices == padding).unsqueeze(-1), torch.zeros_like(gradients), gradients)

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
+from lightning_influence.capture.forward import runner
 from lightning_influence.capture.layers.base import LayerCall, LayerRule, widened
 from lightning_influence.capture.record import DenseRecord
+from lightning_influence.capture.repeated_call import RepeatedCall, parameter_slots, same
+from lightning_influence.errors import UnsupportedLayerError
 
 
 class FallbackRule(LayerRule):
     """Exact for every module that treats the examples of a batch separately in evaluation mode.
 
     The module is called again on each example (batched by vmap where its operations allow it), and its output
-    is contracted with the gradient that came back. The gradient of all covered parameters is one flat vector.
+    is contracted with the gradient that came back. That the outputs are the same again is checked, so a module
+    that mixes examples, draws random numbers or keeps a state is refused. The gradient of all covered
+    parameters is one flat vector.
     """
 
-    def handles(self, module: nn.Module, parameters: Sequence[str]) -> bool:
+    repeats_call = True
+
+    def handles(self, module: nn.Module) -> bool:
         """Everything."""
         return True
 
@@ -50,24 +57,30 @@ class FallbackRule(LayerRule):
         ids: Tensor,
         mask: Tensor | None,
     ) -> DenseRecord:
-        """[n, P]."""
+        """[n, P].
+
+        Raises:
+            UnsupportedLayerError: If single examples do not give the outputs that the batch gave.
+        """
         n = len(ids)
-        leaves, spec = pytree.tree_flatten((call.args, dict(call.kwargs)))
-        dims = [_input_dimension(self, module, leaf, k, n) for k, leaf in enumerate(leaves)]
-        values = {p: module.get_parameter(p).detach() for p in parameters}
-        cotangents = list(call.gradients)
-        places = [self.example_dimension(module, k) for k in call.outputs]
-
-        def inner(values: dict[str, Tensor], leaves: list[Any], cotangents: list[Tensor]) -> Tensor:
-            alone = [x if d is None else x.unsqueeze(d) for x, d in zip(leaves, dims, strict=True)]
-            args, kwargs = pytree.tree_unflatten(alone, spec)
-            output = pytree.tree_leaves(functional_call(module, values, args, kwargs))
-            pairs = zip(call.outputs, cotangents, places, strict=True)
-            return torch.stack([(output[k] * s.unsqueeze(d)).sum() for k, s, d in pairs]).sum()
-
-        with torch.enable_grad():
-            gradients = _each(grad(inner), values, leaves, cotangents, (dims, places), n)
-        return DenseRecord(ids, torch.cat([widened(gradients[p]).reshape(n, -1) for p in parameters], dim=1).detach())
+        args, kwargs = _named_arguments(module, call)
+        repeated = RepeatedCall(
+            module=module,
+            parameters={p: module.get_parameter(p).detach() for p in parameters},
+            slots=_slots(self, module, parameters),
+            arguments=(args, kwargs),
+            dimensions=list(self._input_dimensions(module, args, kwargs, n)),
+            cotangents=call.gradients,
+            places=[(k, self.example_dimension(module, k)) for k in call.outputs],
+        )
+        gradients, after = repeated.gradients()
+        if not all(same(before, after[:, k], call.precision) for k, before in enumerate(call.fingerprints)):
+            raise UnsupportedLayerError(
+                "called again on single examples it returned something else than for the batch: it mixes examples "
+                "(batch statistics), shares an argument between them, draws random numbers or keeps a state"
+            )
+        rows = [widened(gradients[p]).reshape(n, -1) for p in parameters]
+        return DenseRecord(ids, torch.cat(rows, dim=1).detach())
 
     def split(self, module: nn.Module, parameters: Sequence[str], gradients: Tensor) -> dict[str, Tensor]:
         """Consecutive slices of the flat vector."""
@@ -75,35 +88,44 @@ class FallbackRule(LayerRule):
         slices = zip(parameters, torch.split(gradients, sizes, dim=1), strict=True)
         return {p: part.reshape(-1, *module.get_parameter(p).shape) for p, part in slices}
 
-
-def _each(
-    function: Any,
-    values: dict[str, Tensor],
-    leaves: list[Any],
-    cotangents: list[Tensor],
-    dims: tuple[list[int | None], list[int]],
-    n: int,
-) -> dict[str, Tensor]:
-    """The function on every example: in one vmap, or one by one where an operation cannot be batched."""
-    if all(isinstance(leaf, Tensor) for leaf in leaves) and any(d is not None for d in dims[0]):
-        try:
-            mapped = vmap(function, in_dims=(None, dims[0], dims[1]))
-            return dict(mapped(values, leaves, cotangents))
-        except (RuntimeError, ValueError):  # no batching rule, or control flow that depends on the data
-            pass
-    alone = []
-    for k in range(n):
-        one = [leaf if d is None else leaf.select(d, k) for leaf, d in zip(leaves, dims[0], strict=True)]
-        seen = [s.select(d, k) for s, d in zip(cotangents, dims[1], strict=True)]
-        alone.append(function(values, one, seen))
-    return {p: torch.stack([g[p] for g in alone]) for p in values}
+    def _input_dimensions(
+        self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], n: int
+    ) -> Iterator[int | None]:
+        """Where the examples run in each leaf of the arguments; None when all share it."""
+        for leaf in pytree.tree_leaves(tuple(args)):
+            yield _dimension(leaf, 0, n)
+        for name, value in kwargs.items():
+            for leaf in pytree.tree_leaves(value):
+                if name in ("query", "key", "value", "input"):
+                    yield _dimension(leaf, self.example_dimension(module), n)
+                elif isinstance(module, nn.RNNBase):
+                    yield _dimension(leaf, 1, n)
+                elif isinstance(module, nn.MultiheadAttention) and name == "attn_mask":  # [t, s] or [n * heads, t, s]
+                    yield 0 if isinstance(leaf, Tensor) and leaf.dim() == 3 else None
+                else:
+                    yield _dimension(leaf, 0, n)
 
 
-def _input_dimension(rule: FallbackRule, module: nn.Module, leaf: Any, position: int, n: int) -> int | None:
-    """Where the examples run in an argument; None when it is shared by all of them."""
-    if not isinstance(leaf, Tensor):
-        return None
-    # Query, key and value come first in attention, the masks that follow have examples first.
-    first = position < 3 if isinstance(module, nn.MultiheadAttention) else position == 0
-    d = rule.example_dimension(module, 0 if first else 1)
-    return d if leaf.dim() > d and leaf.shape[d] == n else None
+def _named_arguments(module: nn.Module, call: LayerCall) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """By name for torch's sequence layers, whose arguments have their examples in different dimensions."""
+    if not isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
+        return call.args, call.kwargs
+    return (), inspect.signature(module.forward).bind(*call.args, **call.kwargs).arguments
+
+
+def _dimension(leaf: Any, d: int, n: int) -> int | None:
+    return d if isinstance(leaf, Tensor) and leaf.dim() > d and leaf.shape[d] == n else None
+
+
+def _slots(rule: FallbackRule, module: nn.Module, parameters: Sequence[str]) -> dict[str, str]:
+    """Every name under which the module itself uses one of the parameters: that name -> the parameter.
+
+    A child that is called and uses it too (tied) is another use, with calls of its own.
+    """
+    names = {id(module.get_parameter(p)): p for p in parameters}
+    claims = rule.claims_children(module)
+    return {
+        slot: names[id(parameter)]
+        for slot, parameter in parameter_slots(module)
+        if id(parameter) in names and (claims or not runner(module, slot.rpartition(".")[0]))
+    }

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_influence.capture.layers.base import LayerCall, LayerRule, widened
+from lightning_influence.capture.layers.base import LayerCall, LayerRule, is_plain, per_example, widened
 from lightning_influence.capture.record import FactoredRecord
 
 
@@ -18,16 +18,14 @@ class LinearRule(LayerRule):
     module_types = (nn.Linear,)
     kind = "linear"
 
-    def handles(self, module: nn.Module, parameters: Sequence[str]) -> bool:
-        """nn.Linear with its own forward, or the transposed layer of transformers' GPT-2."""
-        if _is_transposed(module):
-            return set(parameters) <= {"weight", "bias"}
-        return super().handles(module, parameters) and type(module).forward is nn.Linear.forward
+    def handles(self, module: nn.Module) -> bool:
+        """nn.Linear, or the transposed layer of transformers' GPT-2."""
+        return is_plain(module, (*self.module_types, *_transposed()))
 
     def shape(self, module: nn.Module, parameters: Sequence[str]) -> tuple[int, ...]:
         """(o, i + bias); a bias alone is (o, 1)."""
         weight = module.get_parameter("weight")
-        o, i = reversed(weight.shape) if _is_transposed(module) else weight.shape
+        o, i = reversed(weight.shape) if isinstance(module, _transposed()) else weight.shape
         return (o, i * ("weight" in parameters) + ("bias" in parameters))
 
     def record(
@@ -44,30 +42,32 @@ class LinearRule(LayerRule):
     def split(self, module: nn.Module, parameters: Sequence[str], gradients: Tensor) -> dict[str, Tensor]:
         """Weight columns first, then the bias column."""
         out = {}
-        if "bias" in parameters:
-            out["bias"] = gradients[:, :, -1]
         if "weight" in parameters:
             weight = gradients[:, :, :-1] if "bias" in parameters else gradients
-            out["weight"] = weight.mT if _is_transposed(module) else weight
+            out["weight"] = weight.mT if isinstance(module, _transposed()) else weight
+        if "bias" in parameters:
+            out["bias"] = gradients[:, :, -1]
         return out
 
 
 def factored(
     inputs: Tensor, gradients: Tensor, parameters: Sequence[str], ids: Tensor, mask: Tensor | None
 ) -> FactoredRecord:
-    """Bring [n, ..., i] and [n, ..., o] to [n, t, i + bias] and [n, t, o]."""
+    """Bring [n or 1, ..., i] and [n, ..., o] to [n, t, i + bias] and [n, t, o]."""
     n, o = gradients.shape[0], gradients.shape[-1]
     gradients = widened(gradients).reshape(n, -1, o)
     t = gradients.shape[1]
-    inputs = widened(inputs).reshape(n, t, -1)
+    if "weight" in parameters:
+        inputs = per_example(widened(inputs), n).reshape(n, t, -1)
+    else:
+        inputs = gradients.new_empty(n, t, 0)
     if "bias" in parameters:
-        ones = inputs.new_ones(n, t, 1)
-        inputs = torch.cat([inputs, ones], dim=-1) if "weight" in parameters else ones
+        inputs = torch.cat([inputs, inputs.new_ones(n, t, 1)], dim=-1)
     fits = mask is not None and tuple(mask.shape) == (n, t)
     return FactoredRecord(ids, inputs, gradients, mask if fits else None)
 
 
-def _is_transposed(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D (weight [i, o]); without that package imported there can be none."""
+def _transposed() -> tuple[type[nn.Module], ...]:
+    """transformers' Conv1D (weight [i, o]); without that package imported there can be none."""
     utils = sys.modules.get("transformers.pytorch_utils")
-    return utils is not None and isinstance(module, utils.Conv1D)
+    return () if utils is None else (utils.Conv1D,)

@@ -1,0 +1,96 @@
+"""Language models: the cross-entropy of a sequence's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_influence.capture.forward import runnable
+from lightning_influence.capture.losses.base import IGNORED, Batch, ExampleLoss, at_least_float, predictions
+from lightning_influence.capture.sampling import Uniforms, sample_categories
+
+
+class LanguageModelLoss(ExampleLoss):
+    """Causal (or masked) language model: cross-entropy of each sequence over its labels that are not -100.
+
+    Batches are mappings with ``input_ids`` (or ``inputs_embeds``), ``labels`` [n, t] and what else the model
+    takes; the model returns logits [n, t, V], alone, as ``.logits`` or first in a tuple.
+
+    Args:
+        reduction: ``"sum"`` over a sequence's tokens ([MS] eq. 13), or ``"mean"``.
+        shift: Whether position t predicts label t + 1, as causal models do.
+        encoder_decoder: Whether the labels are those of a decoder, whose inputs the model makes from the labels
+            and whose positions the attention mask is not about. Such labels are not shifted.
+    """
+
+    def __init__(
+        self, reduction: Literal["sum", "mean"] = "sum", shift: bool = True, *, encoder_decoder: bool = False
+    ) -> None:
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f"`LanguageModelLoss(reduction={reduction!r})`: expected 'sum' or 'mean'.")
+        self.reduction = reduction
+        self.shift = shift and not encoder_decoder
+        self.encoder_decoder = encoder_decoder
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """[n]: minus log-likelihood of the labels."""
+        labels = self._targets(batch)
+        return self._reduced(self._logits(model, batch), labels, labels != IGNORED)
+
+    def sampled_losses(self, model: nn.Module, batch: Batch, uniforms: Uniforms) -> Tensor:
+        """[n]: the same at the same positions, tokens drawn from the model's distribution there."""
+        labels = self._targets(batch)
+        logits = self._logits(model, batch)
+        mask = labels != IGNORED
+        # Counting supervised positions, not columns, makes the draw independent of padding and its side.
+        draws = uniforms(mask.cumsum(1))[mask.cpu()].to(logits.device)
+        labels = labels.clone()
+        labels[mask] = sample_categories(_supervised(logits.detach(), mask), draws)
+        return self._reduced(logits, labels, mask)
+
+    def position_mask(self, batch: Batch) -> Tensor | None:
+        """The attention mask, where there is a 2-D one; none for a decoder of its own."""
+        return None if self.encoder_decoder else super().position_mask(batch)
+
+    def supervised(self, batch: Batch) -> Tensor:
+        """Number of labels that count, [n]."""
+        return (self._targets(batch) != IGNORED).sum(1)
+
+    def _targets(self, batch: Batch) -> Tensor:
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if not isinstance(labels, Tensor) or labels.dim() != 2:
+            raise ValueError(
+                f"LanguageModelLoss: got a batch of type {type(batch).__name__}; expected a mapping with "
+                "'labels' [n, t] (-100 where nothing is predicted) beside the model's inputs."
+            )
+        if not self.shift:
+            return labels
+        return torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)], dim=1)
+
+    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        labels = cast(Tensor, batch["labels"])
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        if self.encoder_decoder and "decoder_input_ids" not in inputs:
+            shifted = runnable(model).prepare_decoder_input_ids_from_labels(labels=labels)  # type: ignore[operator]
+            inputs["decoder_input_ids"] = shifted
+        logits = predictions(model, inputs)
+        if logits.dim() != 3 or logits.shape[:2] != labels.shape:
+            raise ValueError(
+                f"LanguageModelLoss: the model gave logits of shape {tuple(logits.shape)} for labels "
+                f"{tuple(labels.shape)}; expected [n, t, V]."
+            )
+        return logits
+
+    def _reduced(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        each = F.cross_entropy(at_least_float(_supervised(logits, mask)), labels[mask], reduction="none")
+        total = each.new_zeros(mask.shape).masked_scatter(mask, each).sum(1)
+        return total if self.reduction == "sum" else total / mask.sum(1).clamp_min(1)
+
+
+def _supervised(logits: Tensor, mask: Tensor) -> Tensor:
+    """Logits of the supervised positions, [p, V]: without a copy when those are all."""
+    return logits.flatten(0, 1) if bool(mask.all()) else logits[mask]
