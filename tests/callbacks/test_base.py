@@ -2,56 +2,35 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import seed_everything
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn import functional as F
 
-from lightning_influence.callbacks.base import Recorder
 from lightning_influence.callbacks.recording import Recording
 from lightning_influence.callbacks.records import find_records
 from lightning_influence.store import model_fingerprint
 from tests.callbacks import toys
-from tests.callbacks.toys import Failing, Manual, NormRecorder, Toy, assert_same, every_step, fit, loader, trainer
-
-
-class Interrupted(Callback):
-    """Stops a run right after a step, as a killed process would."""
-
-    def __init__(self, step: int, hook: str = "on_train_batch_end") -> None:
-        self.step = step
-        setattr(self, hook, self.stop)
-
-    def stop(self, trainer, *_):
-        if trainer.global_step == self.step:
-            raise KeyboardInterrupt
-
-
-def run(folder: Path, callbacks: list[Callback], model: type[Toy] = Toy, ckpt_path=None, **settings):
-    seed_everything(1, verbose=False)
-    model = model()
-    running = trainer(folder, callbacks, **settings)
-    running.fit(model, loader(), loader(8, seed=5), ckpt_path=ckpt_path)
-    return model, running
-
-
-def assert_norms(model: Toy, norms: dict[int, float], data) -> None:
-    """Against one example at a time."""
-    for k, norm in norms.items():
-        x, y = data[k]
-        gradients = torch.autograd.grad(F.cross_entropy(model(x[None]), y[None]), list(model.parameters()))
-        assert norm == pytest.approx(sum(float(g.square().sum()) for g in gradients), rel=1e-5)
-
-
-def steps(recorder: Recorder) -> list[int]:
-    return [record.step for record in recorder.records]
-
+from tests.callbacks.toys import (
+    Failing,
+    Interrupted,
+    Manual,
+    NormRecorder,
+    Toy,
+    assert_norms,
+    assert_same,
+    every_step,
+    fit,
+    loader,
+    run,
+    steps,
+    trainer,
+)
 
 # -- the training does not notice
 
@@ -219,99 +198,6 @@ def test_seconds_are_logged_and_shown_in_the_record(tmp_path):
     assert logged >= recorder.records[0].seconds > 0
 
 
-# -- resume
-
-
-class Calm(Toy):
-    """Without dropout, whose random state no checkpoint holds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net[3].p = 0.0
-
-
-class KilledAfterSaving(Calm):
-    def on_train_batch_end(self, outputs, batch, batch_idx):
-        if self.global_step == 2:
-            raise KeyboardInterrupt
-
-
-RESUMING = pytest.mark.filterwarnings(
-    "ignore:Checkpoint directory", "ignore:You're resuming from a checkpoint that ended before the epoch ended"
-)
-
-
-@RESUMING
-@pytest.mark.parametrize("stop", [Interrupted(5), Interrupted(4, "on_train_epoch_end")])
-def test_resumed_run_equals_an_uninterrupted_one(stop, tmp_path):
-    whole, resumed = NormRecorder(), NormRecorder()
-    run(tmp_path / "a", [whole, every_step(tmp_path / "a", 2)], Calm)
-    with pytest.raises(SystemExit):
-        run(tmp_path / "b", [NormRecorder(), every_step(tmp_path / "b", 2), stop], Calm)
-    last = str(tmp_path / "b" / "step=4.ckpt")
-    run(tmp_path / "b", [resumed, every_step(tmp_path / "b", 2)], Calm, ckpt_path=last)
-    assert steps(resumed) == steps(whole) == [2, 4, 6, 8]
-    for left, right in zip(whole.records, resumed.records, strict=True):
-        assert left.weights == right.weights
-        assert toys.read_norms(left.path) == toys.read_norms(right.path)
-
-
-@RESUMING
-def test_run_killed_between_saving_and_recording_catches_up(tmp_path):
-    killed, resumed = NormRecorder(), NormRecorder()
-    with pytest.raises(SystemExit):
-        run(tmp_path, [killed, every_step(tmp_path, 2)], KilledAfterSaving)
-    assert steps(killed) == []
-    run(tmp_path, [resumed, every_step(tmp_path, 2)], Calm, ckpt_path=str(tmp_path / "step=2.ckpt"))
-    assert steps(resumed) == [2, 4, 6, 8]
-    assert Path(resumed.records[0].checkpoint).name == "step=2.ckpt"
-
-
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_recordings_before_the_resume_are_found_in_their_old_folder(tmp_path):
-    run(tmp_path / "a", [NormRecorder(), every_step(tmp_path / "a", 2)], max_epochs=1)
-    resumed = NormRecorder()
-    last = str(tmp_path / "a" / "step=4.ckpt")
-    run(tmp_path / "b", [resumed, every_step(tmp_path / "b", 2)], ckpt_path=last)
-    assert steps(resumed) == [2, 4, 6, 8]
-    assert [r.path.is_relative_to(tmp_path / "a") for r in resumed.records] == [True, True, False, False]
-
-
-@RESUMING
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-def test_resume_without_own_state_records_from_there_on(tmp_path):
-    run(tmp_path, [every_step(tmp_path, 4)], max_epochs=1)
-    recorder = NormRecorder(when="checkpoint")
-    run(tmp_path, [recorder, every_step(tmp_path, 2)], ckpt_path=str(tmp_path / "step=4.ckpt"))
-    assert steps(recorder) == [6, 8]
-
-
-def test_state_is_json_and_loads_with_weights_only(tmp_path):
-    recorder = NormRecorder(when="checkpoint")
-    run(tmp_path, [recorder, every_step(tmp_path, 4)])
-    state = torch.load(tmp_path / "step=4.ckpt", weights_only=True)["callbacks"][recorder.state_key]
-    assert json.loads(json.dumps(state)) == state
-    assert state == {"version": 1, "roots": [str(tmp_path / "influence" / "norms")]}
-
-
-@pytest.mark.filterwarnings("ignore:Checkpoint directory")
-def test_recordings_of_another_run_are_pointed_out(tmp_path):
-    run(tmp_path, [NormRecorder(), every_step(tmp_path, 4)])
-    with pytest.warns(UserWarning, match=r"holds recordings of another run at steps \[4, 8\]"):
-        run(tmp_path, [NormRecorder(), every_step(tmp_path, 4)], max_epochs=1)
-
-
-@pytest.mark.filterwarnings("ignore:Checkpoint directory")
-def test_unfinished_folders_are_swept_and_never_listed(tmp_path):
-    left = tmp_path / "influence" / "norms" / "step=00000003.tmp"
-    left.mkdir(parents=True)
-    (left / "record.json").write_text("half")
-    recorder = NormRecorder(when="fit_end")
-    run(tmp_path, [recorder, every_step(tmp_path, 8)], max_epochs=1)
-    assert steps(recorder) == [4]
-    assert not left.exists()
-
-
 # -- refusals
 
 
@@ -386,7 +272,7 @@ def test_arguments(arguments, message):
         NormRecorder(**arguments)
 
 
-# -- the other namespace, and several ranks
+# -- the other namespace
 
 
 def test_runs_in_a_trainer_of_pytorch_lightning(tmp_path):
@@ -411,61 +297,3 @@ def test_runs_in_a_trainer_of_pytorch_lightning(tmp_path):
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     pl.Trainer(accelerator="cpu", max_epochs=2, callbacks=[recorder, saver], **quiet).fit(Net(), loader())
     assert steps(recorder) == [3, 6, 8]
-
-
-class Witness(Callback):
-    """Writes what only the forked ranks see."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_fit_end(self, trainer, module):
-        torch.save(torch.rand(3), self.folder / f"random{trainer.global_rank}.pt")
-
-
-def fit_on_two_ranks(folder: Path, callbacks: list[Callback]) -> Toy:
-    folder.mkdir()
-    seed_everything(0, verbose=False)
-    model = Toy()
-    settings = {"devices": 2, "strategy": "ddp_fork", "max_epochs": 1, "limit_val_batches": 0}
-    running = trainer(folder, [*callbacks, Witness(folder), every_step(folder, 2)], **settings)
-    running.fit(model, loader(13, shuffle=True))
-    return model
-
-
-NO_VALIDATION = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
-
-
-@NO_VALIDATION
-def test_two_ranks_equal_one_and_the_training_does_not_notice(tmp_path):
-    plain = fit_on_two_ranks(tmp_path / "plain", [])
-    recorded = fit_on_two_ranks(tmp_path / "recorded", [NormRecorder(batch_size=3)])
-    assert_same(recorded.state_dict(), plain.state_dict())
-    for rank in (0, 1):
-        left, right = (tmp_path / f / f"random{rank}.pt" for f in ("plain", "recorded"))
-        assert torch.equal(torch.load(left, weights_only=True), torch.load(right, weights_only=True))
-    [record] = find_records(tmp_path / "recorded" / "influence" / "norms")
-    norms = toys.read_norms(record.path)
-    assert sorted(norms) == list(range(13))
-    # BatchNorm statistics differ between ranks; the file, and so the recording, has those of rank 0
-    model = Toy.load_from_checkpoint(record.checkpoint).eval()
-    assert_norms(model, norms, toys.data(13))
-
-
-class Telling(Failing):
-    """Goes on training after the failure, which a rank left waiting could not."""
-
-    def _record(self, trainer, *args):
-        try:
-            super()._record(trainer, *args)
-        except RuntimeError as error:
-            (Path(trainer.default_root_dir) / f"error{trainer.global_rank}.txt").write_text(str(error))
-
-
-@NO_VALIDATION
-def test_an_error_on_one_rank_is_an_error_on_all(tmp_path):
-    fit_on_two_ranks(tmp_path / "failed", [Telling(when="checkpoint")])
-    for rank in (0, 1):
-        text = (tmp_path / "failed" / f"error{rank}.txt").read_text()
-        assert "failed at step 2 (checkpoint): rank 1: ValueError: example 3 has no label." in text
-        assert (tmp_path / "failed" / f"random{rank}.pt").exists()

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torchmetrics
 from lightning.pytorch import LightningModule, Trainer, seed_everything
@@ -177,3 +178,35 @@ def assert_same(left: Any, right: Any) -> None:
         assert torch.equal(left, right)
     else:
         assert left == right
+
+
+class Interrupted(Callback):
+    """Stops a run right after a step, as a killed process would."""
+
+    def __init__(self, step: int, hook: str = "on_train_batch_end") -> None:
+        self.step = step
+        setattr(self, hook, self.stop)
+
+    def stop(self, trainer, *_):
+        if trainer.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def run(folder: Path, callbacks: list[Callback], model: type[Toy] = Toy, ckpt_path=None, **settings):
+    seed_everything(1, verbose=False)
+    model = model()
+    running = trainer(folder, callbacks, **settings)
+    running.fit(model, loader(), loader(8, seed=5), ckpt_path=ckpt_path)
+    return model, running
+
+
+def assert_norms(model: Toy, norms: dict[int, float], data) -> None:
+    """Against one example at a time."""
+    for k, norm in norms.items():
+        x, y = data[k]
+        gradients = torch.autograd.grad(F.cross_entropy(model(x[None]), y[None]), list(model.parameters()))
+        assert norm == pytest.approx(sum(float(g.square().sum()) for g in gradients), rel=1e-5)
+
+
+def steps(recorder: Recorder) -> list[int]:
+    return [record.step for record in recorder.records]

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    Subset,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+from lightning_influence.selection.selected_loader import selected_loader, subset
+
+
+def data(n: int = 8) -> TensorDataset:
+    return TensorDataset(torch.arange(n))
+
+
+def collate(rows):
+    return [row[0] for row in rows]
+
+
+def start(worker):
+    """A worker_init_fn."""
+
+
+def test_everything_the_user_set_is_kept():
+    generator = torch.Generator()
+    settings = {
+        "batch_size": 3,
+        "num_workers": 2,
+        "collate_fn": collate,
+        "pin_memory": False,
+        "drop_last": True,
+        "timeout": 7,
+        "worker_init_fn": start,
+        "generator": generator,
+        "prefetch_factor": 4,
+        "persistent_workers": True,
+    }
+    users = DataLoader(data(), shuffle=True, **settings)
+    chosen = selected_loader(users, [1, 5, 6, 7])
+    assert {name: getattr(chosen, name) for name in settings} == settings
+    assert isinstance(chosen.sampler, RandomSampler)
+    assert len(chosen) == 1
+    assert users.dataset is not chosen.dataset
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_serves_the_selected_rows(shuffle):
+    chosen = selected_loader(DataLoader(data(), batch_size=2, shuffle=shuffle), [6, 1, 3])
+    seen = torch.cat([batch[0] for batch in chosen]).tolist()
+    assert sorted(seen) == [1, 3, 6]
+    assert shuffle or seen == [6, 1, 3]
+
+
+class Sampling(BatchSampler):
+    """Somebody's own batches."""
+
+
+class Loading(DataLoader):
+    """Somebody's own loader."""
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        (Loading(data()), "the loader is a Loading"),
+        (DataLoader(data(), batch_sampler=Sampling(range(8), 2, False)), "has a Sampling as batch_sampler"),
+        (DataLoader(data(), batch_size=None), "has no batches as batch_sampler"),
+        (DataLoader(data(), sampler=WeightedRandomSampler([1.0] * 8, 8)), "has a WeightedRandomSampler of its own"),
+        (DataLoader(data(), sampler=RandomSampler(data(), num_samples=4)), "has a RandomSampler of its own"),
+        (DataLoader(data(), sampler=RandomSampler(data(), replacement=True)), "has a RandomSampler of its own"),
+    ],
+)
+def test_loaders_that_cannot_be_rebuilt_are_refused(loader, message):
+    with pytest.raises(ValueError, match=f"{message}.*Pass `loader_fn=`"):
+        selected_loader(loader, [1])
+
+
+def test_a_selection_without_a_batch_is_refused():
+    users = DataLoader(data(), batch_size=4, drop_last=True)
+    with pytest.raises(ValueError, match="3 selected examples give no batch with batch_size=4 and drop_last=True"):
+        selected_loader(users, [0, 1, 2])
+    assert len(selected_loader(users, [0, 1, 2, 3])) == 1
+
+
+def test_hugging_face_datasets_stay_what_they_are():
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"x": list(range(5))})
+    assert subset(rows, [4, 0])["x"] == [4, 0]
+    assert isinstance(subset(rows, [4, 0]), datasets.Dataset)
+    assert isinstance(subset(data(), [1]), Subset)
