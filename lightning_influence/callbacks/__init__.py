@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from lightning_influence.callbacks.base import Recorder
+from lightning_influence.callbacks.curvature_recorder import CurvatureRecorder
+from lightning_influence.callbacks.gradient_dot_recorder import GradientDotRecorder
 from lightning_influence.callbacks.guard import pristine
 from lightning_influence.callbacks.recording import Recording
 from lightning_influence.callbacks.records import Record, find_records
 
-__all__ = ["Record", "Recorder", "Recording", "find_records", "pristine"]
+__all__ = [
+    "CurvatureRecorder",
+    "GradientDotRecorder",
+    "Record",
+    "Recorder",
+    "Recording",
+    "find_records",
+    "pristine",
+]

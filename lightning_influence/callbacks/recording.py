@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_influence.callbacks.progress import progress
+from lightning_influence.callbacks.progress import Advance, progress
 from lightning_influence.capture.examples import ExampleLoader
 from lightning_influence.capture.losses import Batch, ExampleLoss, resolve_loss
 from lightning_influence.capture.sampling import Uniforms
@@ -49,39 +49,62 @@ class Recording:
         return self.trainer.is_global_zero
 
     def shard(self, ids: Sequence[int]) -> list[int]:
-        """This rank's part of some ids: every ``world_size``-th, none twice, possibly none at all."""
+        """This rank's part of some ids: every ``world_size``-th, none twice.
+
+        Raises:
+            ValueError: If there are fewer ids than ranks.
+        """
+        if len(ids) < self.trainer.world_size:
+            raise ValueError(
+                f"{self.name}: {len(ids)} examples cannot be shared out over {self.trainer.world_size} ranks. Expected "
+                "at least one for each."
+            )
         return list(ids[self.trainer.global_rank :: self.trainer.world_size])
 
-    @contextmanager
+    def progress(self, total: int) -> AbstractContextManager[Advance]:
+        """A bar of ``total`` batches below the Trainer's own; the context gives the function that advances it."""
+        return progress(self.trainer, total, f"{self.name}, step {self.step}")
+
     def examples(
-        self, data: Any, batch_size: int | None = None, indices: Sequence[int] | None = None, passes: int = 1
-    ) -> Iterator[ExampleLoader]:
+        self,
+        data: Any,
+        batch_size: int | None = None,
+        indices: Sequence[int] | None = None,
+        advance: Advance | None = None,
+    ) -> ExampleLoader:
         """Examples in batches as ``training_step`` gets them: in its dtypes, on its device, through its hooks.
 
         Args:
             data: Map-style dataset or DataLoader; a loader is only read, never iterated.
             batch_size: Examples per batch; None takes the loader's.
             indices: Positions to visit; None for all.
-            passes: How often the loader will be iterated, for the progress bar.
+            advance: Told of every batch.
         """
         plain = ExampleLoader(data, batch_size, indices=indices)
-        with progress(self.trainer, passes * len(plain), f"{self.name}, step {self.step}") as advance:
 
-            def collate(rows: list[Any]) -> Batch:
+        def collate(rows: list[Any]) -> Batch:
+            if advance is not None:
                 advance(1)
-                return self._placed(plain.collate_fn(rows))
+            return self._placed(plain.collate_fn(rows))
 
-            yield ExampleLoader(plain, collate_fn=collate)
+        return ExampleLoader(plain, collate_fn=collate)
 
     def loss(self, examples: ExampleLoader, loss: Any = None) -> ExampleLoss:
         """The per-example loss that fits some examples, computed in the precision of the training.
 
         Args:
-            examples: The first of them is looked at.
+            examples: Their first batch is looked at.
             loss: What `resolve_loss` takes.
         """
-        _, batch = next(iter(ExampleLoader(examples, indices=examples.ids[:1])))
+        _, batch = next(iter(examples))
         return PrecisionLoss(resolve_loss(self.model, batch, loss), self.trainer.precision_plugin.forward_context)
+
+    def sum_over_ranks(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace every tensor by its sum over the ranks, in place; the names are the same on all of them."""
+        if self.trainer.world_size > 1:
+            for tensor in tensors.values():
+                there = tensor.to(self.trainer.strategy.root_device)
+                tensor.copy_(self.trainer.strategy.reduce(there, reduce_op="sum"))
 
     def on_each_rank(self, work: Callable[[], Result]) -> list[Result]:
         """Run something without collectives on every rank and give every rank all results, in rank order.

@@ -12,6 +12,7 @@ from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_influence.capture.component import find_components
 from lightning_influence.capture.data_fingerprint import data_fingerprint
 from lightning_influence.capture.losses import Batch, ExampleLoss
 from lightning_influence.curvature import Curvature
@@ -151,7 +152,7 @@ class DataSelector(DataModuleWrapper):
 
         Raises:
             ValueError: If neither or both are given, there is no budget or no target, or ids do not fit.
-            StoreError: If the store belongs to other weights.
+            StoreError: If the store belongs to other weights or components.
         """
         if (model is None) == (ids is None):
             raise ValueError("`DataSelector.select()`: expected a model, or `ids=`, and not both.")
@@ -162,7 +163,7 @@ class DataSelector(DataModuleWrapper):
             raise ValueError("`DataSelector(budget=None)`: expected an int >= 1 or a fraction in (0, 1] to select.")
         options = dict(self._options)
         if store is not None:
-            options["curvature"] = _recorded_curvature(store, model)
+            options["curvature"] = _recorded_curvature(store, model, options["components"])
         pool = self.pool_dataloader()
         selection = select_training_data(
             model,
@@ -329,7 +330,7 @@ def _as_positions(selection: Selection) -> list[int]:
     return [int(name) for name in selection.ids]
 
 
-def _recorded_curvature(store: str | os.PathLike[str], model: nn.Module) -> Curvature:
+def _recorded_curvature(store: str | os.PathLike[str], model: nn.Module, select: Any) -> Curvature:
     found = Store.open(Path(store))
-    found.verify(model)
+    found.verify(model, None if select is None else find_components(model, select))
     return found.read_curvature("curvature")

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import default_collate
 
 from lightning_influence.callbacks.recording import PrecisionLoss, RankError, Recording, raise_together
-from lightning_influence.capture import ClassificationLoss, ExampleLoader
+from lightning_influence.capture import ClassificationLoss
 from lightning_influence.capture.sampling import Uniforms
 from tests.callbacks.toys import Toy, data, loader, trainer
 
@@ -42,8 +42,8 @@ def look(tmp_path, function, model: Toy | None = None, datamodule=None, **settin
 
 
 def batches(recording: Recording):
-    with recording.examples(data(10), batch_size=4, indices=[1, 2, 3, 7, 8]) as examples:
-        return [(ids.tolist(), batch) for ids, batch in examples]
+    examples = recording.examples(data(10), batch_size=4, indices=[1, 2, 3, 7, 8])
+    return [(ids.tolist(), batch) for ids, batch in examples]
 
 
 def test_examples_come_with_their_ids(tmp_path):
@@ -85,8 +85,7 @@ def test_the_users_collate_function_is_kept_and_its_loader_not_iterated(tmp_path
     users = loader(num_workers=1, persistent_workers=True, collate_fn=collate)
 
     def function(recording):
-        with recording.examples(users) as examples:
-            return [batch[0].dtype for _, batch in examples]
+        return [batch[0].dtype for _, batch in recording.examples(users)]
 
     assert look(tmp_path, function) == [torch.float64] * 4
     assert users._iterator is None
@@ -106,9 +105,9 @@ def test_only_the_forward_pass_runs_in_the_trainers_precision(precision, tmp_pat
     expected = torch.float32 if precision == "32-true" else torch.bfloat16
 
     def function(recording):
-        with recording.examples(data(4)) as examples:
-            loss = recording.loss(examples)
-            [(ids, batch)] = examples
+        examples = recording.examples(data(4))
+        loss = recording.loss(examples)
+        [(ids, batch)] = examples
         values = loss.losses(recording.model, batch)
         sampled = loss.sampled_losses(recording.model, batch, Uniforms(ids, 0))
         product = torch.ones(2, 2) @ torch.ones(2, 2)
@@ -127,8 +126,7 @@ def test_loss_is_the_given_one_the_modules_or_one_that_fits(tmp_path):
             return self(batch[0]).sum(1)
 
     def function(recording, loss=None):
-        with recording.examples(data(4)) as examples:
-            return recording.loss(examples, loss).reduction
+        return recording.loss(recording.examples(data(4)), loss).reduction
 
     assert look(tmp_path, function) == ClassificationLoss.reduction
     assert look(tmp_path, function, Own()) == "defined by the module"
@@ -169,4 +167,11 @@ def test_shards_cover_everything_once():
         Two.global_rank = rank
         shards.append(Recording(Two(), None, 0, "fit_end", None, Path("."), "x").shard(list(range(10, 14))))
     assert shards == [[10, 13], [11], [12]]
-    assert ExampleLoader(data(14), indices=shards[0]).ids == [10, 13]
+    with pytest.raises(ValueError, match="x: 2 examples cannot be shared out over 3 ranks"):
+        Recording(Two(), None, 0, "fit_end", None, Path("."), "x").shard([0, 1])
+
+
+def test_every_batch_is_told(tmp_path):
+    told = []
+    look(tmp_path, lambda recording: list(recording.examples(data(10), 4, advance=told.append)))
+    assert told == [1, 1, 1]

@@ -112,13 +112,9 @@ class NormRecorder(Recorder):
     def norms(self, recording: Recording) -> dict[int, float]:
         data = self.examples if self.examples is not None else training_data("NormRecorder()", recording.trainer)
         mine = recording.shard(ExampleLoader(data).ids)
-        if not mine:
-            return {}
         norms: dict[int, float] = {}
-        with (
-            recording.examples(data, self.batch_size, mine) as examples,
-            GradientCapture(recording.model, self.components) as capture,
-        ):
+        with recording.progress(len(mine)) as advance, GradientCapture(recording.model, self.components) as capture:
+            examples = recording.examples(data, self.batch_size, mine, advance)
             loss = recording.loss(examples, self.loss)
             for ids, batch in examples:
                 squares = sum(r.squared_norms() for r in capture.record(batch, loss.losses, ids))

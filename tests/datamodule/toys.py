@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset, random_split
+from torch.utils.data import DataLoader, Dataset, TensorDataset, random_split
 
 
 def numbered(n: int = 24, seed: int = 0) -> TensorDataset:
@@ -21,6 +21,19 @@ def numbered(n: int = 24, seed: int = 0) -> TensorDataset:
 def numbers(x: Any) -> list[int]:
     """What the rows are numbered."""
     return (x[:, 3] * 100).round().int().tolist()
+
+
+class Rows(Dataset):  # type: ignore[type-arg]
+    """Numbered rows with a constructor of plain arguments."""
+
+    def __init__(self, n: int = 4) -> None:
+        self.rows = numbered(n)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, k: int) -> Any:
+        return self.rows[k]
 
 
 class Data(LightningDataModule):

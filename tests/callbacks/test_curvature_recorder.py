@@ -1,0 +1,123 @@
+"""Recorded factors are those of a fit on the same weights, and serve a process that never saw the training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch import seed_everything
+from torch.utils.data import TensorDataset
+
+from lightning_influence.callbacks.curvature_recorder import CurvatureRecorder
+from lightning_influence.callbacks.records import find_records
+from lightning_influence.capture import ClassificationLoss, ExampleLoader
+from lightning_influence.curvature import EKFAC, KFAC, Exact, Identity
+from lightning_influence.datamodule import DataSelector
+from lightning_influence.errors import StoreError
+from lightning_influence.estimators.influence_function import InfluenceFunction
+from lightning_influence.selection.pipeline import select_training_data
+from lightning_influence.store import Store
+from tests.callbacks.toys import Toy, assert_same, data, every_step, fit, loader, run, steps, trainer
+
+LINEAR = ["net.0", "net.4"]
+
+
+@pytest.mark.parametrize("curvature", [EKFAC(damping=0.1), KFAC(fisher="empirical"), Identity(), Exact(damping=0.1)])
+def test_factors_are_those_of_a_fit_on_the_weights_in_the_file(curvature, tmp_path):
+    recorder = CurvatureRecorder(curvature, "checkpoint", components=LINEAR, batch_size=5)
+    run(tmp_path, [recorder, every_step(tmp_path, 3)])
+    assert steps(recorder) == [3, 6]
+    for record in recorder.records:
+        model = Toy.load_from_checkpoint(record.checkpoint)
+        found = Store.open(record.path).read_curvature("curvature")
+        expected = type(curvature)(**curvature.settings()).fit(model, data(), components=LINEAR, progress=False)
+        assert type(found) is type(curvature)
+        assert found.settings() == curvature.settings()
+        gradients = {c.name: torch.randn(2, *c.shape) for c in expected.components}
+        for name, solved in found.precondition(gradients).items():
+            torch.testing.assert_close(solved, expected.precondition(gradients)[name], rtol=1e-4, atol=1e-5)
+    assert not curvature.components  # the one that was handed over stays as it was
+
+
+def test_training_is_bit_identical(tmp_path):
+    plain = fit([every_step(tmp_path / "a", 2)], tmp_path)
+    recorder = CurvatureRecorder(components=LINEAR, when="both")
+    assert_same(fit([recorder, every_step(tmp_path / "b", 2)], tmp_path), plain)
+    assert steps(recorder) == [2, 4, 6, 8]
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_a_later_process_scores_and_selects_with_the_recording(tmp_path):
+    recorder = CurvatureRecorder(EKFAC(damping=0.1), components=LINEAR)
+    seed_everything(1, verbose=False)
+    model, selector = Toy(), DataSelector(data(), data(4, seed=8), 5, components=LINEAR, batch_size=4)
+    trainer(tmp_path, [recorder], max_epochs=1).fit(model, datamodule=selector)
+    path = find_records(recorder.root)[0].path
+    influence = InfluenceFunction.from_store(model, str(path), progress=False)
+    scores = influence.score(data(4, seed=8), data())
+    assert scores.values.shape == (4, 16)
+    found = selector.select(model, store=path, progress=False)
+    curvature = EKFAC(damping=0.1).fit(model, data(), components=LINEAR, progress=False)
+    expected = select_training_data(
+        model, data(), data(4, seed=8), budget=5, curvature=curvature, components=LINEAR, progress=False
+    )
+    assert found.ids == expected.ids
+    with pytest.raises(StoreError, match="does not fit"):
+        DataSelector(data(), data(4, seed=8), 5, components="net.0").select(model, store=path, progress=False)
+    with pytest.raises(StoreError, match="does not fit"):
+        selector.select(Toy(), store=path, progress=False)
+
+
+class Partly(ClassificationLoss):
+    """Rows with a negative first feature have no target."""
+
+    def supervised(self, batch):
+        return (batch[0][:, 0] >= 0).long()
+
+
+def test_rows_without_a_target_are_left_out_and_named(tmp_path):
+    x, y = data().tensors
+    keep = x[:, 0] >= 0
+    recorder = CurvatureRecorder(EKFAC(damping=0.1), loss=Partly(), components=LINEAR, train=data())
+    with pytest.warns(UserWarning, match="of 16 training examples have no supervised target and are left out"):
+        model, _ = run(tmp_path, [recorder], max_epochs=1)
+    found = Store.open(recorder.records[0].path).read_curvature("curvature")
+    indices = [k for k in range(16) if keep[k]]
+    expected = EKFAC(damping=0.1)
+    expected.fit(model, ExampleLoader(TensorDataset(x, y), indices=indices), components=LINEAR, progress=False)
+    gradients = {c.name: torch.randn(2, *c.shape) for c in expected.components}
+    for name, solved in found.precondition(gradients).items():
+        torch.testing.assert_close(solved, expected.precondition(gradients)[name], rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_with_a_target_is_an_error(tmp_path):
+    class Never(ClassificationLoss):
+        def supervised(self, batch):
+            return torch.zeros(len(batch[0]), dtype=torch.int64)
+
+    with pytest.raises(RuntimeError, match="no training example has a supervised target"):
+        run(tmp_path, [CurvatureRecorder(loss=Never(), components=LINEAR)], max_epochs=1)
+
+
+def test_a_loss_that_cannot_sample_is_refused_before_training(tmp_path):
+    recorder = CurvatureRecorder(loss=lambda model, batch: model(batch[0]).sum(1), components=LINEAR)
+    with pytest.raises(ValueError, match=r"cannot sample labels\. Ask for fisher='empirical'"):
+        run(tmp_path, [recorder])
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+@pytest.mark.parametrize("curvature", [EKFAC(damping=0.1), Exact(damping=0.1)])
+def test_two_ranks_record_what_one_does(curvature, tmp_path):
+    found = []
+    for name, settings in (("one", {}), ("two", {"devices": 2, "strategy": "ddp_fork"})):
+        seed_everything(1, verbose=False)
+        recorder = CurvatureRecorder(curvature, components=LINEAR, batch_size=2)
+        model = Toy(lr=0.0)
+        model.net[1].momentum = 0.0
+        trainer(tmp_path / name, [recorder], max_epochs=1, **settings).fit(model, loader(15))
+        [record] = find_records(next((tmp_path / name).rglob("curvature")))
+        found.append(Store.open(record.path).read_curvature("curvature"))
+    one, two = found
+    gradients = {c.name: torch.randn(2, *c.shape) for c in one.components}
+    for name, solved in one.precondition(gradients).items():
+        torch.testing.assert_close(solved, two.precondition(gradients)[name], rtol=1e-4, atol=1e-5)

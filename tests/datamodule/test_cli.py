@@ -1,0 +1,76 @@
+"""Everything can be written in the file of a LightningCLI."""
+
+from __future__ import annotations
+
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningCLI
+
+from lightning_influence.callbacks.records import find_records
+from lightning_influence.curvature import EKFAC
+from lightning_influence.selection import TopK
+from lightning_influence.store import Store
+
+CONFIG = """\
+seed_everything: 1
+trainer:
+  max_epochs: 1
+  accelerator: cpu
+  logger: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  default_root_dir: {folder}
+  callbacks:
+  - class_path: lightning_influence.callbacks.curvature_recorder.CurvatureRecorder
+    init_args:
+      curvature:
+        class_path: lightning_influence.curvature.EKFAC
+        init_args: {{damping: 0.1}}
+      components: [net]
+      loss:
+        class_path: lightning_influence.capture.ClassificationLoss
+  - class_path: lightning_influence.callbacks.gradient_dot_recorder.GradientDotRecorder
+    init_args:
+      queries:
+        class_path: tests.datamodule.toys.Rows
+        init_args: {{n: 3}}
+      candidates: [[0, 1], [2, 3], [4, 5]]
+      when: fit_end
+model:
+  class_path: tests.datamodule.toys.Net
+data:
+  class_path: lightning_influence.datamodule.DataSelector
+  init_args:
+    data:
+      class_path: tests.datamodule.toys.Data
+      init_args: {{n: 20}}
+    budget: 0.25
+    rule:
+      class_path: lightning_influence.selection.TopK
+    curvature:
+      class_path: lightning_influence.curvature.EKFAC
+    weight: 1/k
+    selection: [1, 2]
+"""
+
+
+def test_callbacks_and_datamodule_from_a_file(tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text(CONFIG.format(folder=tmp_path))
+    monkeypatch.setattr("sys.argv", ["train.py"])  # Lightning warns when pytest has arguments of its own
+    cli = LightningCLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        args=["fit", "--config", str(tmp_path / "config.yaml")],
+        save_config_callback=None,
+    )
+    selector = cli.datamodule
+    assert selector.n == 20
+    assert selector.selected_ids == [1, 2]
+    assert len(cli.model.seen) == 2
+    assert isinstance(selector._options["rule"], TopK)
+    assert isinstance(selector._options["curvature"], EKFAC)
+    [curvature] = find_records(next(tmp_path.rglob("curvature")))
+    assert Store.open(curvature.path).read_curvature("curvature").settings()["damping"] == 0.1
+    [scores] = find_records(next(tmp_path.rglob("gradient_dot")))
+    assert Store.open(scores.path).read_scores("scores").train_ids == tuple(range(6))
