@@ -6,6 +6,7 @@ stored, examples and groups are scored, a subset is selected.
 
 from __future__ import annotations
 
+from lightning_influence.callbacks import CurvatureRecorder, GradientDotRecorder
 from lightning_influence.capture import (
     ClassificationLoss,
     Component,
@@ -20,42 +21,52 @@ from lightning_influence.capture import (
     find_components,
 )
 from lightning_influence.curvature import EKFAC, KFAC, Curvature, Exact, Identity
+from lightning_influence.datamodule import DataSelector
 from lightning_influence.errors import NotFittedError, StoreError, UnsupportedLayerError
 from lightning_influence.estimators import Estimator, GradientDot, InfluenceFunction, Interactions, Scores
+from lightning_influence.filters import BM25Filter, Filter
+from lightning_influence.metrics import ClassEntropy, class_entropy
 from lightning_influence.selection import InteractionGreedy, Random, Selection, SelectionRule, TopK
 from lightning_influence.selection.pipeline import select_training_data
 from lightning_influence.store import Store
 
-__all__ = [
-    "EKFAC",
-    "KFAC",
-    "ClassificationLoss",
+__all__ = [  # noqa: RUF022  in the order in which data flows
     "Component",
-    "Curvature",
-    "Estimator",
-    "Exact",
+    "find_components",
+    "GradientCapture",
+    "LayerRecord",
     "ExampleLoader",
     "ExampleLoss",
-    "FunctionLoss",
-    "GradientCapture",
-    "GradientDot",
-    "Identity",
-    "InfluenceFunction",
-    "InteractionGreedy",
-    "Interactions",
     "LanguageModelLoss",
-    "LayerRecord",
-    "ModuleLoss",
-    "NotFittedError",
-    "Random",
+    "ClassificationLoss",
     "RegressionLoss",
+    "ModuleLoss",
+    "FunctionLoss",
+    "Filter",
+    "BM25Filter",
+    "ClassEntropy",
+    "class_entropy",
+    "Curvature",
+    "Identity",
+    "KFAC",
+    "EKFAC",
+    "Exact",
+    "Store",
+    "Estimator",
     "Scores",
+    "GradientDot",
+    "InfluenceFunction",
+    "Interactions",
     "Selection",
     "SelectionRule",
-    "Store",
-    "StoreError",
+    "InteractionGreedy",
     "TopK",
-    "UnsupportedLayerError",
-    "find_components",
+    "Random",
     "select_training_data",
+    "GradientDotRecorder",
+    "CurvatureRecorder",
+    "DataSelector",
+    "UnsupportedLayerError",
+    "NotFittedError",
+    "StoreError",
 ]

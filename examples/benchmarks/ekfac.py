@@ -82,9 +82,7 @@ def bare(model: nn.Module, data: Sequences, batch: int) -> None:
 
 
 def ours(model: nn.Module, data: Sequences, queries: Sequences, batch: int) -> tuple[float, float, Tensor]:
-    influence = InfluenceFunction(
-        model, EKFAC(), LanguageModelLoss(), COMPONENTS, batch_size=batch, progress=False
-    )
+    influence = InfluenceFunction(model, EKFAC(), LanguageModelLoss(), COMPONENTS, batch_size=batch, progress=False)
     fit, _ = timed(lambda: influence.fit(data))
     score, scores = timed(lambda: influence.score(queries, data))
     return fit, score, scores.total()
@@ -151,7 +149,9 @@ def rival(model: nn.Module, data: Sequences, queries: Sequences, batch: int) -> 
 
 def peak_memory(which: str, args: argparse.Namespace) -> float:
     """Peak resident set of a process that only runs one of them, in MiB."""
-    sizes = [f"--{key}={getattr(args, key)}" for key in ("sequences", "batch", "width", "layers", "vocabulary", "length")]
+    sizes = [
+        f"--{key}={getattr(args, key)}" for key in ("sequences", "batch", "width", "layers", "vocabulary", "length")
+    ]
     command = [sys.executable, __file__, f"--only={which}", *sizes]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return float(out.strip().splitlines()[-1])
