@@ -13,6 +13,7 @@ kronfluence is not a dependency: pip install --no-deps kronfluence accelerate ei
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import resource
@@ -23,9 +24,13 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from kronfluence.analyzer import Analyzer, prepare_model
+from kronfluence.arguments import FactorArguments, ScoreArguments
+from kronfluence.task import Task
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -88,59 +93,45 @@ def ours(model: nn.Module, data: Sequences, queries: Sequences, batch: int) -> t
     return fit, score, scores.total()
 
 
+class LanguageModeling(Task):
+    """kronfluence's view of the same losses; labels sampled as its examples do it."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+    def compute_train_loss(self, batch: dict[str, Tensor], model: nn.Module, sample: bool = False) -> Tensor:
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        logits = logits[:, :-1].reshape(-1, logits.size(-1)).float()
+        labels = batch["labels"][:, 1:].reshape(-1)
+        if sample:
+            with torch.no_grad():
+                probabilities = torch.softmax(logits.detach(), dim=-1)
+                labels = torch.multinomial(probabilities, num_samples=1).flatten()
+        return F.cross_entropy(logits, labels, reduction="sum")
+
+    def compute_measurement(self, batch: dict[str, Tensor], model: nn.Module) -> Tensor:
+        return self.compute_train_loss(batch, model)
+
+    def get_influence_tracked_modules(self) -> list[str]:
+        return self.names
+
+    def get_attention_mask(self, batch: dict[str, Tensor]) -> Tensor:
+        return batch["attention_mask"]
+
+
 def rival(model: nn.Module, data: Sequences, queries: Sequences, batch: int) -> tuple[float, float, Tensor]:
     """kronfluence 1.0.1 on a copy of the model, which it wraps in place."""
-    import copy
-
-    from kronfluence.analyzer import Analyzer, prepare_model
-    from kronfluence.arguments import FactorArguments, ScoreArguments
-    from kronfluence.task import Task
-
-    names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and (".attention." in name or ".mlp." in name)
-    ]
-
-    class LanguageModeling(Task):
-        def compute_train_loss(self, batch: dict[str, Tensor], model: nn.Module, sample: bool = False) -> Tensor:
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            logits = logits[:, :-1].reshape(-1, logits.size(-1)).float()
-            labels = batch["labels"][:, 1:].reshape(-1)
-            if sample:
-                with torch.no_grad():
-                    probabilities = torch.softmax(logits.detach(), dim=-1)
-                    labels = torch.multinomial(probabilities, num_samples=1).flatten()
-            return F.cross_entropy(logits, labels, reduction="sum")
-
-        def compute_measurement(self, batch: dict[str, Tensor], model: nn.Module) -> Tensor:
-            return self.compute_train_loss(batch, model)
-
-        def get_influence_tracked_modules(self) -> list[str]:
-            return names
-
-        def get_attention_mask(self, batch: dict[str, Tensor]) -> Tensor:
-            return batch["attention_mask"]
-
-    task = LanguageModeling()
+    linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    task = LanguageModeling([name for name in linear if ".attention." in name or ".mlp." in name])
     wrapped = prepare_model(copy.deepcopy(model), task)
+    quiet: dict[str, Any] = {"cpu": True, "disable_tqdm": True, "log_level": logging.ERROR}
+    damping = ScoreArguments(damping_factor=None)  # 0.1 x mean eigenvalue, as ours
     with tempfile.TemporaryDirectory() as folder:
-        analyzer = Analyzer(
-            "bench", wrapped, task, cpu=True, output_dir=folder, disable_tqdm=True, log_level=logging.ERROR
-        )
-        fit, _ = timed(
-            lambda: analyzer.fit_all_factors("f", data, batch, factor_args=FactorArguments(), overwrite_output_dir=True)
-        )
+        analyzer = Analyzer("bench", wrapped, task, output_dir=folder, **quiet)
+        fit, _ = timed(lambda: analyzer.fit_all_factors("f", data, batch, factor_args=FactorArguments()))
         score, _ = timed(
             lambda: analyzer.compute_pairwise_scores(
-                "s",
-                "f",
-                queries,
-                data,
-                len(queries),
-                per_device_train_batch_size=batch,
-                score_args=ScoreArguments(damping_factor=None),
-                overwrite_output_dir=True,
+                "s", "f", queries, data, len(queries), per_device_train_batch_size=batch, score_args=damping
             )
         )
         scores = analyzer.load_pairwise_scores("s")
@@ -157,9 +148,9 @@ def peak_memory(which: str, args: argparse.Namespace) -> float:
     return float(out.strip().splitlines()[-1])
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="48 sequences, two rounds, within a minute")
+    parser.add_argument("--quick", action="store_true", help="32 sequences, two rounds, within a minute")
     parser.add_argument("--sequences", type=int, default=500)
     parser.add_argument("--queries", type=int, default=10)
     parser.add_argument("--batch", type=int, default=16)
@@ -170,44 +161,53 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--only", choices=["ours", "rival", "bare"], help="run one, print its peak memory")
     args = parser.parse_args()
-    warnings.filterwarnings("ignore")
     if args.quick:
-        args.sequences, args.repeats = 48, 2
-    model, data, queries = build(args)
-    works = {"ours": ours, "rival": rival}
-    if args.only:
-        if args.only == "bare":
-            bare(model, data, args.batch)
-        else:
-            works[args.only](model, data, queries, args.batch)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-        return
-    times: dict[str, list[float]] = {key: [] for key in ("bare", "ours fit", "ours score", "rival fit", "rival score")}
+        args.sequences, args.repeats = 32, 2
+    return args
+
+
+def rounds(args: argparse.Namespace, model: nn.Module, data: Sequences, queries: Sequences) -> dict[str, float]:
+    """Median seconds of each part, and how well the scores agree (labels are sampled independently)."""
+    times: dict[str, list[float]] = {}
     agreement = []
     bare(model, Sequences(args.batch, args.vocabulary, args.length, 3), args.batch)  # warm-up
-    for round_ in range(args.repeats):
-        times["bare"].append(timed(lambda: bare(model, data, args.batch))[0])
+    for turn in range(args.repeats):
+        times.setdefault("bare", []).append(timed(lambda: bare(model, data, args.batch))[0])
         scores = {}
-        for name in ("ours", "rival") if round_ % 2 == 0 else ("rival", "ours"):
-            fit, score, scores[name] = works[name](model, data, queries, args.batch)
-            times[f"{name} fit"].append(fit)
-            times[f"{name} score"].append(score)
+        for name in ("ours", "rival") if turn % 2 == 0 else ("rival", "ours"):
+            fit, score, scores[name] = WORKS[name](model, data, queries, args.batch)
+            times.setdefault(f"{name}_fit", []).append(fit)
+            times.setdefault(f"{name}_score", []).append(score)
         rows = zip(scores["ours"].tolist(), scores["rival"].tolist(), strict=True)
         agreement.append(statistics.mean(spearmanr(a, b).statistic for a, b in rows))
         print({key: round(values[-1], 2) for key, values in times.items()}, flush=True)
-    median = {key: statistics.median(values) for key, values in times.items()}
+    return {key: statistics.median(values) for key, values in times.items()} | {"spearman": statistics.mean(agreement)}
+
+
+WORKS = {"ours": ours, "rival": rival}
+
+
+def main() -> None:
+    args = arguments()
+    warnings.filterwarnings("ignore")
+    model, data, queries = build(args)
+    if args.only:
+        bare(model, data, args.batch) if args.only == "bare" else WORKS[args.only](model, data, queries, args.batch)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        return
+    found = rounds(args, model, data, queries)
     memory = {key: peak_memory(key, args) for key in ("ours", "rival", "bare")}
-    print("medians [s]:", {key: round(value, 2) for key, value in median.items()})
+    print("medians [s]:", {key: round(value, 2) for key, value in found.items() if key != "spearman"})
     print("peak memory [MiB]:", {key: round(value) for key, value in memory.items()})
     result = {
-        "fit_ratio_kronfluence": median["ours fit"] / median["rival fit"],
-        "score_ratio_kronfluence": median["ours score"] / median["rival score"],
-        "fit_over_bare": median["ours fit"] / median["bare"],
-        "score_over_bare": median["ours score"] / median["bare"],
-        "rival_fit_over_bare": median["rival fit"] / median["bare"],
-        "rival_score_over_bare": median["rival score"] / median["bare"],
+        "fit_ratio_kronfluence": found["ours_fit"] / found["rival_fit"],
+        "score_ratio_kronfluence": found["ours_score"] / found["rival_score"],
+        "fit_over_bare": found["ours_fit"] / found["bare"],
+        "score_over_bare": found["ours_score"] / found["bare"],
+        "rival_fit_over_bare": found["rival_fit"] / found["bare"],
+        "rival_score_over_bare": found["rival_score"] / found["bare"],
         "peak_memory_ratio": memory["ours"] / memory["rival"],
-        "spearman": statistics.mean(agreement),
+        "spearman": found["spearman"],
     }
     print("RESULT", json.dumps({key: round(value, 4) for key, value in result.items()}))
 
