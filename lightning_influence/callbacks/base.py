@@ -34,7 +34,8 @@ class Recorder(Callback, ABC):
     Weights, optimizer states, metrics and random states after the fit are bit for bit those of a fit without the
     callback. Recordings go to ``<folder of the checkpoints>/influence/<name>/step=00000012/``, where the number is
     ``trainer.global_step``; the folders on disk are the truth, the checkpoint only remembers where they are. A
-    recording of a step that is reached again replaces the older one. Nothing is recorded in ``fast_dev_run``.
+    recording of a step that is reached again replaces the older one. Nothing is recorded in ``fast_dev_run``. Limits
+    on wall-clock time (``max_time``, savers that save by time) count the time of recordings too.
 
     A subclass sets ``default_name`` and implements `record`; it may implement `check`.
 
@@ -186,6 +187,15 @@ class Recorder(Callback, ABC):
             if self.when != "checkpoint" and self._recorded != trainer.global_step:
                 self._record(trainer, pl_module, SavedCheckpoint(trainer.global_step, None), "fit_end")
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Point out a checkpoint that the module saved in its own ``on_train_end``, after all callbacks."""
+        missed = None if self.when == "fit_end" else self._watch.take(trainer)
+        if missed is not None and missed.step != self._recorded:
+            rank_zero_warn(
+                f"`{self._call(when=self.when)}`: a checkpoint was saved at step {missed.step} after the recorder's "
+                "last hook and is not recorded. Expected when='both', or a save in a callback."
+            )
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """A checkpoint saved because of an exception is not recorded."""
         self._watch.stop()
@@ -198,8 +208,8 @@ class Recorder(Callback, ABC):
     # -- work
 
     def _flush(self, trainer: Trainer, pl_module: LightningModule, *, ending: bool = False) -> None:
-        saved = self._watch.take(trainer, ending=ending)
-        if saved is not None and self.when != "fit_end" and saved.step != self._recorded:
+        saved = None if self.when == "fit_end" else self._watch.take(trainer, ending=ending)
+        if saved is not None and saved.step != self._recorded:
             self._record(trainer, pl_module, saved, "checkpoint")
 
     def _catch_up(self, trainer: Trainer, pl_module: LightningModule) -> None:

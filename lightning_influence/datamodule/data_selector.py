@@ -38,7 +38,8 @@ class DataSelector(DataModuleWrapper):
     The second fit needs a new Trainer, as a Trainer counts epochs across fits, and, unless the warm-up weights are
     to be kept, a new model. An epoch of a selection has fewer steps, which schedules counted in epochs will feel:
     compare selections with ``max_steps``. A selection made during a fit counts from the next epoch on, and only
-    with ``reload_dataloaders_every_n_epochs=1``.
+    with ``reload_dataloaders_every_n_epochs=1``. Under several ranks ``select`` is computed on each of them, and what
+    rank 0 chose is served.
 
     Ids are positions in the training dataset. So its order must not change from one ``setup`` to the next: an
     unseeded ``random_split`` there is noticed and refused. State of the wrapped datamodule in a checkpoint that was

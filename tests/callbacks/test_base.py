@@ -117,6 +117,17 @@ def test_a_step_is_recorded_once(tmp_path):
     assert calls == [4, 8]
 
 
+class SavingLast(Toy):
+    def on_train_end(self):
+        self.trainer.save_checkpoint(Path(self.trainer.default_root_dir) / "by_hand.ckpt")
+
+
+def test_a_save_after_all_callbacks_is_pointed_out(tmp_path):
+    with pytest.warns(UserWarning, match="saved at step 4 after the recorder's last hook and is not recorded"):
+        run(tmp_path, [NormRecorder(when="checkpoint"), every_step(tmp_path, 3)], SavingLast, max_epochs=1)
+    run(tmp_path / "both", [NormRecorder(), every_step(tmp_path / "both", 3)], SavingLast, max_epochs=1)
+
+
 def test_nothing_is_recorded_in_a_fast_dev_run(tmp_path):
     recorder = NormRecorder()
     run(tmp_path, [recorder, every_step(tmp_path)], fast_dev_run=2)

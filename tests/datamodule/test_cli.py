@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningCLI
 
@@ -53,6 +54,7 @@ data:
 """
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning's own calls into jsonargparse
 def test_callbacks_and_datamodule_from_a_file(tmp_path, monkeypatch):
     (tmp_path / "config.yaml").write_text(CONFIG.format(folder=tmp_path))
     monkeypatch.setattr("sys.argv", ["train.py"])  # Lightning warns when pytest has arguments of its own
