@@ -75,10 +75,10 @@ class Call:
 
     def problem(self, n: int) -> str | None:
         """Why the gradients of n examples cannot be told from this call, or None."""
-        if self._current_versions() != self._versions:
-            return "its input was modified in place after the layer ran; replace the in-place operation"
         if not self.outputs:
             return "it returned no floating-point tensor that could carry a gradient"
+        if self.reaches_loss and self._current_versions() != self._versions:
+            return "its input was modified in place after the layer ran; replace the in-place operation"
         for output, gradient in zip(self.outputs, self.gradients, strict=True):
             if gradient is not None and not output.keeps_examples(n):
                 return (
@@ -86,6 +86,11 @@ class Call:
                     f"{output.dim} (no flattened or time-first layout)"
                 )
         return None
+
+    @property
+    def reaches_loss(self) -> bool:
+        """Whether the loss depends on anything that was returned."""
+        return any(gradient is not None for gradient in self.gradients)
 
     def layer_call(self, n: int) -> LayerCall:
         """The call as the rules take it."""
@@ -120,6 +125,12 @@ class CallLog:
 
     def __iter__(self) -> Iterator[Call]:
         return iter(self.calls)
+
+    def of(self, module: str) -> list[Call]:
+        """The calls of a module on which the loss depends; if there are none, one whose gradient is zero."""
+        calls = [call for call in self.calls if call.module == module]
+        idle = [call for call in calls if any(output.keeps_examples(self.n) for output in call.outputs)]
+        return [call for call in calls if call.reaches_loss] or idle[:1]
 
     @property
     def edges(self) -> list[GradientEdge]:

@@ -82,7 +82,8 @@ def find_components(model: nn.Module, select: Select = None) -> list[Component]:
             ``"embedding"``, ``"lora"``), a module name or a regular expression searched in module names; an
             iterable of those; or a callable ``(module name, module) -> bool``. A frozen layer that is named
             is taken with all its parameters; of a partly trainable one the trainable parameters are taken.
-            A parameter that several modules use is taken with all of them.
+            A parameter that several modules use is taken with all of them; a head that is tied to an embedding
+            belongs to ``"embedding"``, not to ``"all-linear"``.
 
     Raises:
         ValueError: If a name or expression matches no module with parameters.

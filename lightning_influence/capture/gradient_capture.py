@@ -207,14 +207,14 @@ class GradientCapture:
         records = []
         for use in component.uses:
             module, rule = self._modules[use.module], self._rules[use.module]
-            for call in log:
-                if call.module != use.module:
-                    continue
+            for call in log.of(use.module):
                 try:
                     record = rule.record(module, use.parameters, call.layer_call(log.n), ids, mask)
                 except UnsupportedLayerError as error:
                     raise UnsupportedLayerError(self._refusal({use.module: str(error)})) from error
                 records.append(_packed(record, rule, self._packings[component.name], module, use.parameters))
+        if not records:
+            raise UnsupportedLayerError(self._refusal({component.uses[0].module: _IDLE}))
         return merged(records)
 
     def _refusal(self, problems: Mapping[str, str]) -> str:
@@ -233,6 +233,7 @@ _SILENT = (
     "it never ran in the forward pass, or only under torch.no_grad() or in a reentrant checkpoint; if another module "
     "uses its parameters, nothing was seen of it"
 )
+_IDLE = "the losses do not depend on what it returns, which is not laid out by examples either"
 _SHARED = (
     "its input has no dimension for the examples, and the model does something else when it gets one; "
     "give position embeddings indices [1, t]"

@@ -80,9 +80,13 @@ def taken(owners: list[Owner], select: Select) -> set[int]:
 def _selected(owners: list[Owner], select: Select) -> list[Owner]:
     if callable(select):
         return [owner for owner in owners if any(select(label, owner.module) for label in owner.labels)]
+    kinds: dict[int, str] = {}  # of the first module that holds a parameter: a tied head counts as the embedding
+    for owner in owners:
+        for parameter in owner.parameters.values():
+            kinds.setdefault(id(parameter), rule_for(owner.module).kind)
     found: set[str] = set()
     for want in [select] if isinstance(select, str) else list(select or ()):
-        hits = {owner.name for owner in owners if _matches(want, owner)}
+        hits = {owner.name for owner in owners if _matches(want, owner, kinds)}
         if not hits:
             raise ValueError(
                 f"find_components(select={want!r}): no module with parameters matches. Expected one of the presets "
@@ -93,8 +97,9 @@ def _selected(owners: list[Owner], select: Select) -> list[Owner]:
     return [owner for owner in owners if owner.name in found]
 
 
-def _matches(want: str, owner: Owner) -> bool:
+def _matches(want: str, owner: Owner, kinds: dict[int, str]) -> bool:
     if want in ("all-linear", "embedding"):
-        return rule_for(owner.module).kind == {"all-linear": "linear", "embedding": "embedding"}[want]
+        first = next(iter(owner.parameters.values()))
+        return kinds[id(first)] == {"all-linear": "linear", "embedding": "embedding"}[want]
     pattern = PRESETS.get(want) or want
     return any(want == label or re.search(pattern, label) is not None for label in owner.labels)

@@ -29,7 +29,8 @@ class Uniforms:
         start = np.full(1, self.seed % 2**64, dtype=np.uint64)
         state = _scramble(_scramble(_scramble(start) ^ ids) ^ counters.cpu().numpy().astype(np.uint64))
         # 53 bits centred in their cells, so that neither 0 nor 1 can come out.
-        return torch.from_numpy((state >> np.uint64(11)).astype(np.float64) * 2.0**-53 + 2.0**-54)
+        numbers = (state >> np.uint64(11)).astype(np.float64, order="C") * 2.0**-53 + 2.0**-54
+        return torch.from_numpy(numbers)
 
 
 def _scramble(state: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -63,12 +63,12 @@ def ready(model: nn.Module) -> Any:
 
 
 def text(n: int = 3, t: int = 7, padding: bool = True) -> dict[str, Tensor]:
-    """Token sequences of unequal length, padded on the right; the first label of each is masked."""
+    """Token sequences of unequal length, padded on the right; the first two labels of each are masked."""
     generator = torch.Generator().manual_seed(n)
     tokens = torch.randint(1, VOCABULARY, (n, t), generator=generator)
     mask = (torch.arange(t) < t - torch.arange(n)[:, None] % 3 * int(padding)).long()
     labels = tokens.masked_fill(mask == 0, -100)
-    labels[:, 1] = -100
+    labels[:, :2] = -100
     return {"input_ids": tokens * mask, "attention_mask": mask, "labels": labels}
 
 
@@ -78,8 +78,8 @@ def take(batch: dict[str, Tensor], rows: list[int]) -> dict[str, Tensor]:
 
 def causal_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Cross-entropy of each sequence, written out."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-    return token_losses(logits, batch["labels"][:, 1:])
+    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    return token_losses(output.logits[:, :-1], batch["labels"][:, 1:])
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -108,3 +108,26 @@ def points(n: int = 5) -> tuple[Tensor, Tensor]:
 
 def class_losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+class Laid(nn.Module):
+    """Works on tokens [n, t, 3] in a layout of its own."""
+
+    def __init__(self, layout: str) -> None:
+        super().__init__()
+        self.layout = layout
+        self.inner, self.after, self.head = nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 4)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        n, t, d = inputs.shape
+        if self.layout == "flat":
+            hidden = self.after(self.inner(inputs.reshape(n * t, d)).tanh()).reshape(n, t, d)
+        else:
+            hidden = self.after(self.inner(inputs.transpose(0, 1)).tanh()).transpose(0, 1)
+        return self.head(hidden.mean(1))
+
+
+def sequences(n: int, t: int = 6) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(n)
+    inputs = torch.randn(n, t, 3, generator=generator, dtype=torch.float64)
+    return inputs, torch.randint(4, (n,), generator=generator)

@@ -76,8 +76,9 @@ def _normalised(module: nn.Module, hidden: Tensor) -> Tensor:
     if isinstance(module, nn.LayerNorm):
         return F.layer_norm(widened(hidden), module.normalized_shape, None, None, module.eps)
     if isinstance(module, nn.RMSNorm):
-        eps = torch.finfo(hidden.dtype).eps if module.eps is None else module.eps
-        return F.rms_norm(widened(hidden), list(module.normalized_shape), None, eps)
+        # Without an eps of its own it depends on the input's dtype, differently from version to version of torch.
+        hidden = hidden if module.eps is None else widened(hidden)
+        return F.rms_norm(hidden, list(module.normalized_shape), None, module.eps)
     # Others scale by w or by 1 + w, in a precision of their own; either way the output is affine in w.
     weight, layer = module.get_parameter("weight").detach(), _WithoutHooks(module)
     one: Tensor = functional_call(layer, {"module.weight": torch.ones_like(weight)}, (hidden,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Literal, cast
 
@@ -73,11 +74,12 @@ class LanguageModelLoss(ExampleLoss):
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
         labels = cast(Tensor, batch["labels"])
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        network = runnable(model)
+        inputs = {**_without_cache(network), **{key: value for key, value in batch.items() if key != "labels"}}
         if self.encoder_decoder and "decoder_input_ids" not in inputs:
-            shifted = runnable(model).prepare_decoder_input_ids_from_labels(labels=labels)  # type: ignore[operator]
+            shifted = network.prepare_decoder_input_ids_from_labels(labels=labels)  # type: ignore[operator]
             inputs["decoder_input_ids"] = shifted
-        logits = predictions(model, inputs)
+        logits = predictions(network, inputs)
         if logits.dim() != 3 or logits.shape[:2] != labels.shape:
             raise ValueError(
                 f"LanguageModelLoss: the model gave logits of shape {tuple(logits.shape)} for labels "
@@ -89,6 +91,13 @@ class LanguageModelLoss(ExampleLoss):
         each = F.cross_entropy(at_least_float(_supervised(logits, mask)), labels[mask], reduction="none")
         total = each.new_zeros(mask.shape).masked_scatter(mask, each).sum(1)
         return total if self.reduction == "sum" else total / mask.sum(1).clamp_min(1)
+
+
+def _without_cache(network: nn.Module) -> dict[str, bool]:
+    """Keys and values kept for generation are of no use here, and a recomputed layer would add them twice."""
+    adapted = getattr(network, "get_base_model", None)  # peft hands unknown arguments on
+    base = network if adapted is None else adapted()
+    return {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
 
 
 def _supervised(logits: Tensor, mask: Tensor) -> Tensor:
