@@ -48,9 +48,12 @@ class LanguageModelLoss(ExampleLoss):
         logits = self._logits(model, batch)
         mask = labels != IGNORED
         # Counting supervised positions, not columns, makes the draw independent of padding and its side.
-        draws = uniforms(mask.cumsum(1))[mask.cpu()].to(logits.device)
+        draws = uniforms(mask.cumsum(1)).to(logits.device)
+        if _mostly(mask):
+            drawn = sample_categories(logits.detach().flatten(0, 1), draws.flatten()).reshape(mask.shape)
+            return self._reduced(logits, torch.where(mask, drawn, IGNORED), mask)
         labels = labels.clone()
-        labels[mask] = sample_categories(_supervised(logits.detach(), mask), draws)
+        labels[mask] = sample_categories(logits.detach()[mask], draws[mask])
         return self._reduced(logits, labels, mask)
 
     def position_mask(self, batch: Batch) -> Tensor | None:
@@ -88,8 +91,13 @@ class LanguageModelLoss(ExampleLoss):
         return logits
 
     def _reduced(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        each = F.cross_entropy(at_least_float(_supervised(logits, mask)), labels[mask], reduction="none")
-        total = each.new_zeros(mask.shape).masked_scatter(mask, each).sum(1)
+        if _mostly(mask):
+            tokens = at_least_float(logits.flatten(0, 1))
+            each = F.cross_entropy(tokens, labels.flatten(), ignore_index=IGNORED, reduction="none").reshape(mask.shape)
+        else:
+            each = F.cross_entropy(at_least_float(logits[mask]), labels[mask], reduction="none")
+            each = each.new_zeros(mask.shape).masked_scatter(mask, each)
+        total = each.sum(1)
         return total if self.reduction == "sum" else total / mask.sum(1).clamp_min(1)
 
 
@@ -100,6 +108,6 @@ def _without_cache(network: nn.Module) -> dict[str, bool]:
     return {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
 
 
-def _supervised(logits: Tensor, mask: Tensor) -> Tensor:
-    """Logits of the supervised positions, [p, V]: without a copy when those are all."""
-    return logits.flatten(0, 1) if bool(mask.all()) else logits[mask]
+def _mostly(mask: Tensor) -> bool:
+    """Whether so many positions are supervised that picking out their logits would cost more than it saves."""
+    return 2 * int(mask.sum()) >= mask.numel()
