@@ -6,7 +6,7 @@ stored, examples and groups are scored, a subset is selected.
 
 from __future__ import annotations
 
-from lightning_influence.callbacks import CurvatureRecorder, GradientDotRecorder
+from lightning_influence.callbacks import CurvatureRecorder, GradientDotRecorder, Recorder, find_records
 from lightning_influence.capture import (
     ClassificationLoss,
     Component,
@@ -63,8 +63,10 @@ __all__ = [  # noqa: RUF022  in the order in which data flows
     "TopK",
     "Random",
     "select_training_data",
+    "Recorder",
     "GradientDotRecorder",
     "CurvatureRecorder",
+    "find_records",
     "DataSelector",
     "UnsupportedLayerError",
     "NotFittedError",

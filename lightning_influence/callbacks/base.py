@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_influence.callbacks import records
 from lightning_influence.callbacks.checkpoint_watch import CheckpointWatch, SavedCheckpoint, checkpoint_files
 from lightning_influence.callbacks.guard import pristine
-from lightning_influence.callbacks.preconditions import check_loss, check_savers, check_strategy
+from lightning_influence.callbacks.preconditions import check_averaging, check_loss, check_savers, check_strategy
 from lightning_influence.callbacks.recording import RankError, Recording, Trigger, raise_together
 from lightning_influence.callbacks.records import Record, find_records
 from lightning_influence.capture.losses import Batch, ExampleLoss
@@ -131,7 +131,9 @@ class Recorder(Callback, ABC):
         check_strategy(self._call(), trainer)
         check_loss(self._call(loss=self.loss), pl_module, self.loss)
         if self.when == "checkpoint":
-            check_savers(self._call(when=self.when), self, trainer)
+            check_savers(self._call(when=self.when), trainer)
+        if self.when != "fit_end":
+            check_averaging(self._call(when=self.when), trainer)
         others: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         recorders = [c for c in others if isinstance(c, Recorder) and c is not self]
         if any((other.name, other.dirpath) == (self.name, self.dirpath) for other in recorders):

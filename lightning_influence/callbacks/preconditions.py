@@ -39,13 +39,17 @@ def check_strategy(call: str, trainer: Trainer) -> None:
         )
 
 
-def check_savers(call: str, recorder: Callback, trainer: Trainer) -> None:
-    """Warn when checkpoints are waited for that never come, or that hold other weights than the live ones."""
+def check_savers(call: str, trainer: Trainer) -> None:
+    """Warn when checkpoints are waited for that never come."""
     if not trainer.checkpoint_callbacks:
         rank_zero_warn(
             f"`{call}`: the Trainer has no checkpoint callback, so nothing is recorded before "
             "`trainer.save_checkpoint` is called. Expected a ModelCheckpoint, or when='fit_end'."
         )
+
+
+def check_averaging(call: str, trainer: Trainer) -> None:
+    """Warn when checkpoints hold other weights than the live ones, which are recorded."""
     others: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     averaging = [c for c in others if _averages(c)]
     if averaging:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_influence.capture.component import find_components
 from lightning_influence.capture.data_fingerprint import data_fingerprint
+from lightning_influence.capture.guard import unchanged
 from lightning_influence.capture.losses import Batch, ExampleLoss
 from lightning_influence.curvature import Curvature
 from lightning_influence.datamodule.wrapper import DataModuleWrapper, PlainData, is_datamodule, overrides
@@ -140,7 +141,8 @@ class DataSelector(DataModuleWrapper):
         """Choose what the next fit trains on.
 
         Args:
-            model: The warm-up model, from which the choice is computed. Left as it was.
+            model: The warm-up model, from which the choice is computed. Left as it was; its ``self.log`` does nothing
+                meanwhile.
             ids: Positions chosen elsewhere, instead of a model.
             store: Folder of a recording of `CurvatureRecorder`, whose factors are used instead of fitting new
                 ones; it must be of the weights the model has now.
@@ -166,16 +168,17 @@ class DataSelector(DataModuleWrapper):
         if store is not None:
             options["curvature"] = _recorded_curvature(store, model, options["components"])
         pool = self.pool_dataloader()
-        selection = select_training_data(
-            model,
-            pool,
-            self._target_data(),
-            budget=self._budget,
-            batch_size=batch_size,
-            seed=seed,
-            progress=progress,
-            **options,
-        )
+        with unchanged(model):
+            selection = select_training_data(
+                model,
+                pool,
+                self._target_data(),
+                budget=self._budget,
+                batch_size=batch_size,
+                seed=seed,
+                progress=progress,
+                **options,
+            )
         return self._use(_as_positions(selection), selection, data_fingerprint(pool.dataset))
 
     def use(self, selection: Selection) -> Selection | None:

@@ -256,10 +256,11 @@ def test_waiting_for_checkpoints_that_never_come(tmp_path):
         run(tmp_path, [NormRecorder(when="checkpoint")], enable_checkpointing=False)
 
 
-def test_averaged_weights_in_the_file_are_pointed_out(tmp_path):
+@pytest.mark.parametrize("when", ["checkpoint", "both"])
+def test_averaged_weights_in_the_file_are_pointed_out(when, tmp_path):
     averaging = EMAWeightAveraging(decay=0.5)
     with pytest.warns(UserWarning, match="saves averaged weights, while the live ones are recorded"):
-        run(tmp_path, [NormRecorder(when="checkpoint"), averaging], max_epochs=1)
+        run(tmp_path, [NormRecorder(when=when), averaging], max_epochs=1)
 
 
 def test_weights_at_the_end_are_the_averaged_ones(tmp_path):

@@ -206,6 +206,29 @@ def test_training_after_a_selection_is_that_of_the_same_loader():
     assert all(torch.equal(weights[k], v) for k, v in model.state_dict().items())
 
 
+def test_a_loss_that_logs_leaves_no_trace_after_the_fit():
+    """Outside of a fit Lightning's own ``self.log`` raises."""
+
+    class Logs(Net):
+        def example_losses(self, batch):
+            self.calls += 1
+            losses = F.cross_entropy(self(batch[0]), batch[1], reduction="none")
+            self.log("loss", losses.mean())
+            return losses
+
+    selector = DataSelector(Data(), budget=3, curvature=Identity())
+    model = Logs()
+    model.calls = 0
+    fit(selector, model)
+    model.net.weight.grad = torch.ones(3, 4)
+    model.eval().net.train()
+    select(selector, model)
+    assert model.calls > 0
+    assert "log" not in vars(model)
+    assert torch.equal(model.net.weight.grad, torch.ones(3, 4))
+    assert [module.training for module in model.modules()] == [False, True]
+
+
 def test_recorded_factors_are_used(tmp_path, monkeypatch):
     data = Data()
     selector = DataSelector(data, budget=4)
