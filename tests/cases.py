@@ -92,6 +92,26 @@ def only(layer: nn.Module, *trainable: str) -> nn.Module:
     return layer
 
 
+class Beside(nn.Module):
+    """A layer on an input that all examples share, beside numbers of their own."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, shared: Tensor, own: Tensor) -> Tensor:
+        output = self.layer(shared)
+        return output * own.reshape(-1, *[1] * (output.dim() - 1))
+
+
+def beside(*shape: int) -> Callable[[int], tuple[Tensor, Tensor]]:
+    return lambda n: (torch.randn(*shape, dtype=torch.float64), torch.randn(n, dtype=torch.float64))
+
+
+def positions(n: int) -> tuple[Tensor, Tensor]:
+    return torch.arange(5)[None], torch.randn(n, dtype=torch.float64)
+
+
 LINEAR = [
     LayerCase("linear-2d", lambda: nn.Linear(3, 4), normal(3), "linear"),
     LayerCase("linear-3d", lambda: nn.Linear(3, 4), normal(5, 3), "linear"),
@@ -99,9 +119,8 @@ LINEAR = [
     LayerCase("linear-no-bias", lambda: nn.Linear(3, 4, bias=False), normal(5, 3), "linear"),
     LayerCase("linear-bias-only", lambda: only(nn.Linear(3, 4), "bias"), normal(5, 3), "linear"),
     LayerCase("linear-weight-only", lambda: only(nn.Linear(3, 4), "weight"), normal(5, 3), "linear"),
-    LayerCase(
-        "linear-shared-input", lambda: nn.Linear(3, 4), lambda n: (torch.randn(1, 5, 3).double(),), "linear", (None,)
-    ),
+    LayerCase("linear-shared-input", lambda: Beside(nn.Linear(3, 4)), beside(1, 5, 3), "linear", (None, 0)),
+    LayerCase("linear-shared-input-2d", lambda: Beside(nn.Linear(3, 4)), beside(1, 3), "linear", (None, 0)),
     LayerCase("conv1d-of-transformers", lambda: Conv1D(4, 3), normal(5, 3), "linear"),
     LayerCase("conv1d-of-transformers-2d", lambda: Conv1D(4, 3), normal(3), "linear"),
     LayerCase("conv1d-of-transformers-bias-only", lambda: only(Conv1D(4, 3), "bias"), normal(5, 3), "linear"),
@@ -113,12 +132,11 @@ EMBEDDING = [
     LayerCase("embedding-3d", lambda: nn.Embedding(5, 3), tokens(2, 4), "embedding"),
     LayerCase("embedding-padding", lambda: nn.Embedding(5, 3, padding_idx=1), tokens(8), "embedding"),
     LayerCase("embedding-padding-from-the-end", lambda: nn.Embedding(5, 3, padding_idx=-1), tokens(8), "embedding"),
-    LayerCase(
-        "embedding-positions", lambda: nn.Embedding(5, 3), lambda n: (torch.arange(5)[None],), "embedding", (None,)
-    ),
+    LayerCase("embedding-positions", lambda: Beside(nn.Embedding(5, 3)), positions, "embedding", (None, 0)),
 ]
 
 NORM = [
+    LayerCase("layer-norm-shared-input", lambda: Beside(nn.LayerNorm(3)), beside(1, 5, 3), "norm", (None, 0)),
     LayerCase("layer-norm", lambda: nn.LayerNorm(3), normal(5, 3), "norm"),
     LayerCase("layer-norm-2d", lambda: nn.LayerNorm(3), normal(3), "norm"),
     LayerCase("layer-norm-no-bias", lambda: nn.LayerNorm(3, bias=False), normal(5, 3), "norm"),
@@ -132,6 +150,7 @@ NORM = [
 ]
 
 CONV = [
+    LayerCase("conv1d-shared-input", lambda: Beside(nn.Conv1d(2, 4, 3)), beside(1, 2, 9), "conv", (None, 0)),
     LayerCase("conv1d", lambda: nn.Conv1d(2, 4, 3), normal(2, 9), "conv"),
     LayerCase("conv2d", lambda: nn.Conv2d(2, 3, (2, 3)), normal(2, 5, 6), "conv"),
     LayerCase("conv3d", lambda: nn.Conv3d(2, 3, 2), normal(2, 3, 4, 3), "conv"),
@@ -251,6 +270,7 @@ def padded(n: int) -> dict[str, Tensor]:
 
 
 FALLBACK = [
+    LayerCase("prelu-shared-input", lambda: Beside(nn.PReLU()), beside(1, 4, 3), "other", (None, 0)),
     LayerCase("batch-norm", batch_norm, normal(3), "other"),
     LayerCase("group-norm", lambda: nn.GroupNorm(2, 4), normal(4, 3), "other"),
     LayerCase("instance-norm", lambda: nn.InstanceNorm1d(4, affine=True), normal(4, 5), "other"),

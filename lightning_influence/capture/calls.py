@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,12 +115,17 @@ class CallLog:
         n: Number of examples.
         shared: Names of modules that were seen to serve all examples at once, without a dimension for them (position
             embeddings of indices [t]); the log adds to it.
+
+    Attributes:
+        calls: The calls in the order in which they ended.
+        spread: Names of modules whose output was shared by the examples, and is one row for each of them now.
     """
 
     def __init__(self, n: int, shared: set[str]) -> None:
         self.n = n
         self.shared = shared
         self.calls: list[Call] = []
+        self.spread: set[str] = set()
         self._entered: dict[str, list[Call]] = {}
 
     def __iter__(self) -> Iterator[Call]:
@@ -162,7 +167,7 @@ class CallLog:
                 replaced[id(value)] = self._noted(call, module, rule, place, value, alone=len(floating) == 1)
             leaves[place] = replaced[id(value)]
         if rule.repeats_call:
-            call.precision = _precision([*call.inputs, *module.parameters(), *floating.values()])
+            call.precision = rounding([*call.inputs, *module.parameters(), *floating.values()])
         if torch._C._current_graph_task_id() == -1:  # else an activation checkpoint recomputes what was noted before
             self.calls.append(call)
         return pytree.tree_unflatten(leaves, spec)
@@ -176,7 +181,8 @@ class CallLog:
             value = value.detach().requires_grad_().clone()
         elif not alone:  # one output may depend on another (LSTM): keep what flows from outside apart
             value = value.clone()
-        if value.dim() > dim and value.shape[dim] == 1 and self.n > 1:  # shared by the batch (position embeddings)
+        if value.dim() > dim and value.shape[dim] == 1 and self.n > 1:
+            self.spread.add(call.module)
             value = value.expand(*value.shape[:dim], self.n, *value.shape[dim + 1 :]).contiguous()
         seen = fingerprint(value, dim) if rule.repeats_call and value.dim() > dim else None
         edge = get_gradient_edge(value)
@@ -184,8 +190,9 @@ class CallLog:
         return value
 
 
-def _precision(tensors: Sequence[Tensor]) -> float:
-    """Square root of the spacing of the coarsest number format that took part: room for rounding, for little else."""
+def rounding(tensors: Iterable[Tensor]) -> float:
+    """Square root of the spacing of the coarsest number format that takes part: room for rounding, for little else."""
+    tensors = list(tensors)
     formats = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
     devices = {tensor.device.type for tensor in tensors}
     formats |= {torch.get_autocast_dtype(device) for device in devices if torch.is_autocast_enabled(device)}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_influence.capture.batches import batch_size, map_tensors
-from lightning_influence.capture.calls import CallLog
+from lightning_influence.capture.calls import CallLog, rounding
 from lightning_influence.capture.component import (
     Component,
     Coverage,
@@ -146,8 +146,8 @@ class GradientCapture:
                     self._backward(values, log)
             finally:
                 self._log = None
-            if not self._checked and log.shared:
-                self._check_shared(values, losses(self.model, batch))
+            if not self._checked and log.spread:
+                self._check_spread(log, values, batch, losses)
         self._checked = self._checked or len(ids) > 1
         return log
 
@@ -158,8 +158,8 @@ class GradientCapture:
         try:
             values = losses(self.model, batch)
         except RuntimeError as error:
-            if self._log.shared:  # an output got a dimension that it did not have
-                raise UnsupportedLayerError(self._refusal(dict.fromkeys(self._log.shared, _SHARED))) from error
+            if self._log.spread:  # the model may not expect the rows that an output got
+                raise UnsupportedLayerError(self._refusal(dict.fromkeys(self._log.spread, _SHARED))) from error
             raise
         if not isinstance(values, Tensor) or tuple(values.shape) != (n,):
             shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
@@ -198,10 +198,13 @@ class GradientCapture:
         if problems:
             raise UnsupportedLayerError(self._refusal(problems))
 
-    def _check_shared(self, values: Tensor, plain: Tensor) -> None:
-        """The losses must be what they are without the dimension that shared outputs were given."""
-        if values.shape != plain.shape or not torch.allclose(values, plain, rtol=1e-3, atol=1e-5):
-            raise UnsupportedLayerError(self._refusal(dict.fromkeys(self._shared, _SHARED)))
+    def _check_spread(self, log: CallLog, values: Tensor, batch: Any, losses: Losses) -> None:
+        """The losses must be what they are when examples share the outputs that they share."""
+        with torch.no_grad():
+            plain = losses(self.model, batch)
+        room = max(1e-4, rounding(self.model.parameters())) * values.abs().max()
+        if plain.shape != values.shape or bool((plain - values).abs().max() > room):
+            raise UnsupportedLayerError(self._refusal(dict.fromkeys(log.spread, _SHARED)))
 
     def _assembled(self, component: Component, log: CallLog, ids: Tensor, mask: Tensor | None) -> LayerRecord:
         records = []
@@ -235,8 +238,8 @@ _SILENT = (
 )
 _IDLE = "the losses do not depend on what it returns, which is not laid out by examples either"
 _SHARED = (
-    "its input has no dimension for the examples, and the model does something else when it gets one; "
-    "give position embeddings indices [1, t]"
+    "all examples share its output, and the model does something else when each gets a row of its own; "
+    "give position embeddings indices [n, t]"
 )
 _MIXED = (
     "examples mix: row k of its gradient does not follow the loss of example k alone (batch statistics, a loss that "

@@ -112,8 +112,27 @@ def test_positions_that_cannot_be_told_from_examples_are_refused() -> None:
         gradients(models.ready(NanoGpt()), tokens(6), class_losses)
 
 
+class Repeated(nn.Module):
+    """Repeats the positions itself, by a number that it takes for granted."""
+
+    def __init__(self, silently: bool) -> None:
+        super().__init__()
+        self.positions, self.head, self.silently = nn.Embedding(8, 3), nn.Linear(3, 4), silently
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        places = self.positions(torch.arange(inputs.shape[1])[None])
+        rows = places * len(places) if self.silently else places.repeat(len(inputs), 1, 1)
+        return self.head((rows + inputs[:, :, None]).tanh()).mean(1)
+
+
+@pytest.mark.parametrize("silently", [True, False])
+def test_rows_that_the_model_does_not_expect_are_refused(silently: bool) -> None:
+    with pytest.raises(UnsupportedLayerError, match=r"positions: all examples share its output, and the model does"):
+        gradients(models.ready(Repeated(silently)), tokens(4), class_losses)
+
+
 def test_positions_that_the_model_reshapes_are_refused() -> None:
-    with pytest.raises(UnsupportedLayerError, match=r"positions: its input has no dimension for the examples"):
+    with pytest.raises(UnsupportedLayerError, match=r"positions: all examples share its output, and the model does"):
         gradients(models.ready(NanoGpt(brackets=True)), tokens(4), class_losses)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_influence.capture import GradientCapture, parameter_gradients
+from lightning_influence.errors import UnsupportedLayerError
 from tests.capture import models
 from tests.capture.comparison import Losses, assert_same, gradients, one_point, one_text, truth
 from tests.capture.models import Laid, Mlp, causal_losses, class_losses, points, sequences, text
@@ -226,3 +227,48 @@ def test_narrow_models_have_float32_gradients(dtype: torch.dtype) -> None:
     for name, value in exact.items():
         assert found[name].dtype == torch.float32
         assert (found[name] - value).norm() < (1e-4 if dtype == torch.float32 else 0.2) * value.norm()
+
+
+# What is covered
+
+
+class Spectral(Mlp):
+    """Complex parameters have no real gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter = nn.Parameter(torch.ones(3, dtype=torch.cfloat))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return super().forward((inputs * self.filter).real)
+
+
+def test_what_is_left_out_is_said_once() -> None:
+    message = r"GradientCapture: 44 of 47 trainable parameters covered; left out \(6.38 %\): filter. Their influence is"
+    with pytest.warns(UserWarning, match=message) as caught:
+        capture = GradientCapture(Spectral())
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert capture.coverage.missing == ("filter",)
+    with capture:
+        for _ in range(2):  # warnings are errors here
+            assert len(list(capture.record(points(4), class_losses))) == 2
+
+
+def test_what_was_not_asked_for_is_no_warning() -> None:
+    capture = GradientCapture(Spectral(), "all-linear")
+    assert capture.coverage.covered == 44
+    assert GradientCapture(Mlp()).coverage.missing == ()
+
+
+def test_components_can_be_handed_on() -> None:
+    model = Mlp()
+    components = GradientCapture(model).components
+    for given in (components[1:], tuple(components[1:]), iter(components[1:]), "layers.2", ["layers.2"]):
+        assert GradientCapture(model, given).components == components[1:]
+    with pytest.raises(ValueError, match=r"expected components or names, not both"):
+        GradientCapture(model, [components[0], "layers.2"])
+    with pytest.raises(ValueError, match=r"2 of 2 components are not those of this Linear"):
+        GradientCapture(nn.Linear(3, 4), components)
+    with pytest.raises(UnsupportedLayerError, match=r"has no component left"):
+        GradientCapture(model, [])
