@@ -1,4 +1,4 @@
-"""What a batch is, whatever its layout: its size, its device."""
+"""What a batch is, whatever its layout: its size, its device, its examples."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import UserDict
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -39,12 +40,42 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """The batch with a function applied to its tensors, in containers of the same types."""
+    return _map(batch, lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf)
 
+
+def examples(batch: Any, rows: slice) -> Any:
+    """Some examples of a batch, cut out of all that has one row or one item for each of them.
+
+    >>> examples({"x": torch.arange(3), "names": ["a", "b", "c"], "scale": 2.0}, slice(1, 2))
+    {'x': tensor([1]), 'names': ['b'], 'scale': 2.0}
+
+    Raises:
+        ValueError: If something in it is not laid out by examples, or nothing is.
+    """
+    n = batch_size(batch)
+
+    def cut(leaf: Any) -> Any:
+        if isinstance(leaf, list | tuple):
+            return leaf[rows]
+        if not isinstance(leaf, Tensor | np.ndarray) or not leaf.ndim:
+            return leaf
+        if leaf.shape[0] != n:
+            raise ValueError(f"it holds an array of shape {tuple(leaf.shape)}, and {n} examples.")
+        return leaf[rows]
+
+    def items(part: Any) -> bool:
+        found = isinstance(part, list | tuple) and len(part) == n
+        return found and not any(isinstance(leaf, Tensor | np.ndarray) for leaf in leaves(part))
+
+    return _map(batch, cut, items)
+
+
+def _map(batch: Any, function: Callable[[Any], Any], is_leaf: Callable[[Any], bool] | None = None) -> Any:
     def apply(leaf: Any) -> Any:
         if isinstance(leaf, UserDict):  # the BatchEncoding of transformers, which pytree takes for a leaf
             twin = copy.copy(leaf)
-            twin.data = {key: map_tensors(value, function) for key, value in leaf.items()}
+            twin.data = {key: _map(value, function, is_leaf) for key, value in leaf.items()}
             return twin
-        return function(leaf) if isinstance(leaf, Tensor) else leaf
+        return function(leaf)
 
-    return pytree.tree_map(apply, batch)
+    return pytree.tree_map(apply, batch, is_leaf=is_leaf)

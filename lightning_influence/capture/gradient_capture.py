@@ -23,6 +23,7 @@ from lightning_influence.capture.component import (
 from lightning_influence.capture.contexts import eager, evaluating, full_precision
 from lightning_influence.capture.layers import LayerRule, rule_for
 from lightning_influence.capture.layers.base import widened
+from lightning_influence.capture.losses.batch import is_shared
 from lightning_influence.capture.owners import Select
 from lightning_influence.capture.record import DenseRecord, LayerRecord, merged
 from lightning_influence.errors import UnsupportedLayerError
@@ -111,7 +112,7 @@ class GradientCapture:
         Args:
             batch: Handed to ``losses``.
             losses: ``(model, batch) -> [n]``, the loss of each example on its own. It runs under the caller's
-                autocast, nothing else here does.
+                autocast, nothing else here does. Of a `BatchLoss` it is not checked whether examples mix: `probe_loss`.
             ids: Ids of the examples, int64 [n]; None numbers them.
             mask: Positions that belong to an example, bool [n, t].
             n: Number of examples; None takes the first dimension of the batch.
@@ -158,9 +159,12 @@ class GradientCapture:
         try:
             values = losses(self.model, batch)
         except RuntimeError as error:
-            if self._log.spread:  # the model may not expect the rows that an output got
-                raise UnsupportedLayerError(self._refusal(dict.fromkeys(self._log.spread, _SHARED))) from error
-            raise
+            spread, self._log = self._log.spread, None
+            if self._checked or not spread or isinstance(error, torch.cuda.OutOfMemoryError):
+                raise
+            with torch.no_grad():
+                losses(self.model, batch)  # fails again, unless the rows that outputs got are to blame
+            raise UnsupportedLayerError(self._refusal(dict.fromkeys(spread, _SHARED))) from error
         if not isinstance(values, Tensor) or tuple(values.shape) != (n,):
             shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(
@@ -188,7 +192,7 @@ class GradientCapture:
             )
         weights = 0.5 ** (torch.arange(n) % 3)  # powers of two, so that rounding does not enter
         weighted: Iterable[Tensor | None] = ()
-        if not self._checked and n > 1:
+        if not self._checked and n > 1 and not is_shared(values):
             total = (values * weights.to(values)).sum()
             weighted = torch.autograd.grad(total, edges, retain_graph=True, allow_unused=True)
         log.receive(torch.autograd.grad(values.sum(), edges, allow_unused=True))

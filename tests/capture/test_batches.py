@@ -2,12 +2,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import BatchEncoding
 
-from lightning_influence.capture.batches import batch_size, leaves, map_tensors, to_device
+from lightning_influence.capture.batches import batch_size, examples, leaves, map_tensors, to_device
 
 
 class Pair(NamedTuple):
@@ -57,3 +58,26 @@ def test_functions_reach_every_tensor() -> None:
     doubled = map_tensors({"a": [torch.ones(1)], "b": ENCODED}, lambda t: t * 2)
     assert all(torch.equal(leaf, torch.full_like(leaf, 2)) for leaf in leaves(doubled))
     assert len(leaves(doubled)) == 3
+
+
+def test_examples_are_cut_out_of_everything_that_holds_them() -> None:
+    x = torch.arange(6).reshape(3, 2)
+    names = ["a", "b", "c"]
+    found = examples({"x": x, "names": names, "numbers": np.arange(3), "scale": torch.tensor(2.0), "k": 7}, slice(1, 3))
+    assert torch.equal(found["x"], x[1:])
+    assert found["numbers"].tolist() == [1, 2]
+    assert (found["names"], found["scale"], found["k"]) == (["b", "c"], torch.tensor(2.0), 7)
+    pair = examples((torch.ones(2, 1), torch.zeros(2)), slice(0, 1))  # as many items as examples, and no examples
+    assert [tuple(part.shape) for part in pair] == [(1, 1), (1,)]
+    named = examples(Pair(x, torch.zeros(3)), slice(0, 1))
+    assert isinstance(named, Pair)
+    encoded = examples(ENCODED, slice(2, 3))
+    assert isinstance(encoded, BatchEncoding)
+    assert encoded["labels"].shape == (1, 2)
+    assert ENCODED["labels"].shape == (3, 2)
+
+
+@pytest.mark.parametrize("other", [torch.ones(2), np.ones((1, 3))])
+def test_what_is_not_laid_out_by_examples_cannot_be_cut(other: object) -> None:
+    with pytest.raises(ValueError, match=r"it holds an array of shape .*, and 3 examples"):
+        examples((torch.ones(3), other), slice(0, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning_influence.capture.losses.base import Batch, ExampleLoss
+from lightning_influence.capture.losses.batch import BatchLoss
 from lightning_influence.capture.losses.classification import ClassificationLoss
 from lightning_influence.capture.losses.function import FunctionLoss
 from lightning_influence.capture.losses.language_model import LanguageModelLoss
@@ -12,6 +13,7 @@ from lightning_influence.capture.losses.resolve import resolve_loss
 
 __all__ = [
     "Batch",
+    "BatchLoss",
     "ClassificationLoss",
     "ExampleLoss",
     "FunctionLoss",

@@ -18,7 +18,10 @@ UNSHIFTED = ("ForMaskedLM", "ForTokenClassification")  # in the names of classes
 
 
 def resolve_loss(
-    model: nn.Module, batch: Batch, loss: ExampleLoss | Callable[[nn.Module, Batch], Tensor] | None = None
+    model: nn.Module,
+    batch: Batch,
+    loss: ExampleLoss | Callable[[nn.Module, Batch], Tensor] | None = None,
+    fallback: ExampleLoss | None = None,
 ) -> ExampleLoss:
     """The per-example loss to use: the one given, the module's own, else the one that fits the batch.
 
@@ -26,9 +29,10 @@ def resolve_loss(
         model: The model, asked for ``example_losses`` and for what kind of language model it is, if it is one.
         batch: One batch, on which the choice depends.
         loss: An `ExampleLoss`, a function ``(model, batch) -> [n]``, or None.
+        fallback: Taken when no known loss fits the batch.
 
     Raises:
-        ValueError: If no loss fits the batch, or two would.
+        ValueError: If no loss fits the batch and there is no fallback, or if two would.
     """
     if isinstance(loss, ExampleLoss):
         return loss
@@ -48,6 +52,8 @@ def resolve_loss(
         return _language_model_loss(model)
     if isinstance(labels, Tensor) and labels.dim() == 1:
         return ClassificationLoss()
+    if fallback is not None:
+        return fallback
     raise ValueError(
         f"loss=None: no per-example loss is known for a batch of type {type(batch).__name__}. Expected a mapping "
         "with 'labels', or (x, y). Define example_losses(batch) -> [n] on the module, or pass loss=, for example "

@@ -136,3 +136,6 @@ def test_unknown_batches(batch: Any) -> None:
     message = rf"loss=None: no per-example loss is known for a batch of type {type(batch).__name__}. Expected a mapping"
     with pytest.raises(ValueError, match=message):
         resolve_loss(Mlp(), batch)
+    fallback = RegressionLoss()
+    assert resolve_loss(Mlp(), batch, fallback=fallback) is fallback
+    assert resolve_loss(Mlp(), points(), fallback=fallback) is not fallback
