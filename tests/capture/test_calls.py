@@ -136,6 +136,15 @@ def test_positions_that_the_model_reshapes_are_refused() -> None:
         gradients(models.ready(NanoGpt(brackets=True)), tokens(4), class_losses)
 
 
+def test_other_errors_of_such_models_are_their_own() -> None:
+    def failing(model: nn.Module, batch: Any) -> Tensor:
+        return class_losses(model, batch) @ torch.ones(3).double()
+
+    with pytest.raises(RuntimeError, match=r"inconsistent tensor size") as error:
+        gradients(models.ready(Repeated(silently=True)), tokens(4), failing)
+    assert not isinstance(error.value, UnsupportedLayerError)
+
+
 # Layouts and uses that have no per-example gradient
 
 
