@@ -134,3 +134,70 @@ def example_gradients(parameters: Mapping[str, Tensor], loss_of: Callable[[int],
     for name, parameter in parameters.items():
         parameter.requires_grad_(trainable[name])
     return {name: torch.stack([row[j] for row in rows]) for j, name in enumerate(parameters)}
+
+
+# Curvature of one layer, dense ([MS] section 3.3): G = E[vec(g) vec(g)ᵀ], vec row by row
+
+
+def layer_factors(
+    module: torch.nn.Module, loss_of: Callable[[int], Tensor], n: int, inputs_of: Callable[[Tensor], Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """Inputs [t, i] and output gradients [t, o] of one layer for each example alone, by one backward pass each.
+
+    ``inputs_of`` brings what the layer saw to [1, t, i], with a column of ones for a bias.
+    """
+    factors, seen = [], []
+    hook = module.register_forward_hook(lambda module, args, output: seen.append((args[0].detach(), output)))
+    for k in range(n):
+        seen.clear()
+        loss = loss_of(k)
+        [(inputs, output)] = seen
+        [gradient] = torch.autograd.grad(loss, [output])
+        gradient = gradient.flatten(2).mT if isinstance(module, torch.nn.Conv2d) else gradient
+        rows = inputs_of(inputs)[0]
+        factors.append((rows, gradient.reshape(len(rows), -1)))
+    hook.remove()
+    return factors
+
+
+def second_moments(factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, float]:
+    """A = E[a aᵀ] and S = E[s sᵀ] over the positions of all examples, and the mean number of positions."""
+    inputs, gradients = (torch.cat(parts) for parts in zip(*factors, strict=True))
+    count = len(inputs)
+    return inputs.T @ inputs / count, gradients.T @ gradients / count, count / len(factors)
+
+
+def kfac(factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """S ⊗ A times the mean number of positions."""
+    a, s, positions = second_moments(factors)
+    return positions * torch.kron(s, a)
+
+
+def ekfac(factors: Sequence[tuple[Tensor, Tensor]], gradients: Tensor) -> Tensor:
+    """The eigenbasis of S ⊗ A with E[(Q_Sᵀ g Q_A)²] of the example gradients [n, o, i] on the diagonal."""
+    a, s, _ = second_moments(factors)
+    left, right = torch.linalg.eigh(s).eigenvectors, torch.linalg.eigh(a).eigenvectors
+    spectrum = torch.stack([(left.T @ g @ right) ** 2 for g in gradients]).mean(0)
+    basis = torch.kron(left, right)
+    return basis @ torch.diag(spectrum.flatten()) @ basis.T
+
+
+def fisher(gradients: Tensor) -> Tensor:
+    """E[g gᵀ] of example gradients [n, P], one outer product at a time."""
+    return torch.stack([torch.outer(g, g) for g in gradients]).mean(0)
+
+
+def damped_inverse(matrix: Tensor, damping: float | None = None, share: float = 0.1) -> Tensor:
+    """Inverse with an absolute damping, or one that is a share of the mean eigenvalue."""
+    extra = share * float(matrix.trace()) / len(matrix) if damping is None else damping
+    return torch.linalg.inv(matrix + extra * torch.eye(len(matrix)).double())
+
+
+def first_above(probabilities: Tensor, draw: float) -> int:
+    """The category that a uniform number falls into, from the cumulative distribution."""
+    total = 0.0
+    for category, probability in enumerate(probabilities.tolist()):
+        total += probability
+        if draw < total:
+            return category
+    return len(probabilities) - 1

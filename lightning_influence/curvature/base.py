@@ -41,7 +41,11 @@ class Curvature(ABC):
     fitted: bool = False
 
     def start(self, components: Sequence[Component]) -> None:
-        """Begin the first pass, forgetting what was seen before."""
+        """Begin the first pass, forgetting what was seen before.
+
+        Raises:
+            ValueError: If the components are more than the curvature can hold.
+        """
         self.components = tuple(components)
         self.fitted = self.num_passes == 0
 
@@ -51,7 +55,11 @@ class Curvature(ABC):
 
     @abstractmethod
     def finish_pass(self) -> None:
-        """End a pass over the data; after the last one the curvature is fitted."""
+        """End a pass over the data; after the last one the curvature is fitted.
+
+        Raises:
+            ValueError: If nothing was seen in this pass.
+        """
 
     @abstractmethod
     def solve(self, component: Component, gradients: Tensor) -> Tensor:
@@ -63,18 +71,33 @@ class Curvature(ABC):
 
     def precondition(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`solve` for all components, by name. Curvatures that couple components override it."""
+        self._check_fitted()
         return {c.name: self.solve(c, gradients[c.name]) for c in self.components}
 
     def partial(self) -> dict[str, Tensor]:
-        """The sums of the current pass, which parts of the data (ranks) add up before `finish_pass`."""
+        """The sums of the current pass, to be added up over parts of the data (ranks) in place.
+
+        Every part needs the total before it calls `finish_pass`, so that all go on from the same numbers.
+        """
         return {}
 
     def merge(self, others: Sequence[Self]) -> None:
-        """Add what others saw in the current pass on other parts of the data."""
+        """Add what others saw in the current pass on other parts of the data.
+
+        Raises:
+            ValueError: If one of the parts saw other components than this one, or nothing.
+        """
         sums = self.partial()
         for other in others:
-            for key, value in other.partial().items():
-                sums[key].add_(value)
+            found = other.partial()
+            if found.keys() != sums.keys():
+                odd = sorted(sums.keys() ^ found.keys())
+                raise ValueError(
+                    f"`{type(self).__name__}.merge`: only one of two parts has {odd[:4]}; expected parts in the same "
+                    "pass, with the same components and at least one example each."
+                )
+            for key, value in found.items():
+                sums[key].add_(value.to(sums[key].device))
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
@@ -111,8 +134,13 @@ class Curvature(ABC):
 
         Returns:
             Itself, fitted.
+
+        Raises:
+            ValueError: If the data is empty, or a loss is not one finite number per example (ids are named).
+            UnsupportedLayerError: If a component has no per-example gradient.
         """
-        loader = data if isinstance(data, ExampleLoader) else ExampleLoader(data, batch_size)
+        loader = ExampleLoader(data, batch_size)
+        loss = loss_for(model, loader, loss)
         with GradientCapture(model, components) as capture:
             self.start(capture.components)
             for k in range(self.num_passes):
@@ -133,6 +161,12 @@ class Curvature(ABC):
 
         Labels depend on the seed and the example's id only, so both passes see the same ones and the result
         does not depend on batch size, order or sharding.
+
+        Args:
+            capture: An active capture of the components that the curvature was started with.
+            ids: Ids of the examples, int64 [n].
+            batch: The batch, on any device.
+            loss: Per-example loss; None resolves it from this batch.
         """
         batch = to_device(batch, next(capture.model.parameters()).device)
         found = resolve_loss(capture.model, batch, loss)
@@ -147,6 +181,10 @@ class Curvature(ABC):
         for component, record in zip(capture.components, records, strict=True):
             self.update(component, record)
 
+    def __repr__(self) -> str:
+        """How to build an unfitted twin."""
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings().items())})"
+
     def _check_fitted(self) -> None:
         if not self.fitted:
             raise NotFittedError(
@@ -154,22 +192,30 @@ class Curvature(ABC):
             )
 
 
-def check_fisher(owner: str, fisher: str) -> None:
-    """Refuse an unknown kind of Fisher information.
+def loss_for(
+    model: nn.Module, loader: ExampleLoader, loss: ExampleLoss | Callable[[nn.Module, Any], Tensor] | None
+) -> ExampleLoss:
+    """The loss given, or the one that the first batch of a dataset asks for, for all of its batches.
+
+    A later batch may not tell: a single regression target of 1.0 could be a class as well.
+    """
+    _, batch = next(iter(loader))
+    return resolve_loss(model, batch, loss)
+
+
+def check_fisher(owner: str, fisher: str, seed: int) -> None:
+    """Refuse an unknown kind of Fisher information, or a seed that is none.
 
     Raises:
-        ValueError: Unless it is ``"sampled"`` or ``"empirical"``.
+        ValueError: Unless ``fisher`` is ``"sampled"`` or ``"empirical"``, and ``seed`` an int.
     """
     if fisher not in ("sampled", "empirical"):
         raise ValueError(
             f"`{owner}(fisher={fisher!r})`: expected 'sampled' (labels drawn from the model, the Gauss-Newton "
             "matrix in expectation) or 'empirical' (the data's own labels)."
         )
-
-
-def as_matrix(gradients: Tensor) -> Tensor:
-    """[q, *shape] -> [q, P]."""
-    return gradients.flatten(1)
+    if type(seed) is not int:
+        raise ValueError(f"`{owner}(seed={seed!r})`: expected an int.")
 
 
 def symmetric(matrix: Tensor) -> Tensor:

@@ -35,27 +35,41 @@ class BlockwiseCurvature(Curvature):
         seed: int = 0,
     ) -> None:
         check_damping(type(self).__name__, damping, damping_share)
-        check_fisher(type(self).__name__, fisher)
+        check_fisher(type(self).__name__, fisher, seed)
         self.damping, self.damping_share, self.fisher, self.seed = damping, damping_share, fisher, seed
         self.blocks: dict[str, Block] = {}
         self._pass = 0
+        self._seen: set[str] = set()
 
     def start(self, components: Sequence[Component]) -> None:
         """Begin the first pass."""
         super().start(components)
-        self.blocks, self._pass = {}, 0
+        self.blocks, self._pass, self._seen = {}, 0, set()
 
     def update(self, component: Component, record: LayerRecord) -> None:
         """Covariances in the first pass, squares in their eigenbasis in the second."""
         if component.name not in self.blocks:
             self.blocks[component.name] = block_for(record)
         self.blocks[component.name].update(record, second=self._pass == 1)
+        self._seen.add(component.name)
 
     def finish_pass(self) -> None:
-        """Eigendecompositions after the first pass, the exact Lambda after the second."""
+        """Eigendecompositions after the first pass, the exact Lambda after the second.
+
+        Raises:
+            ValueError: If a component was not seen in this pass.
+        """
+        unseen = [c.name for c in self.components if c.name not in self._seen]
+        if unseen or not self._seen:
+            raise ValueError(
+                f"`{type(self).__name__}.finish_pass()`: pass {self._pass + 1} saw no gradient of {unseen[:8]}; "
+                "expected at least one example in every pass."
+            )
         for block in self.blocks.values():
             block.finish(second=self._pass == 1)
-        self._pass += 1
+            # In memory as it will be read back from a store, so that solving rounds in the same way.
+            block.fitted = {key: value.contiguous() for key, value in block.fitted.items()}
+        self._pass, self._seen = self._pass + 1, set()
         self.fitted = self._pass == self.num_passes
 
     def solve(self, component: Component, gradients: Tensor) -> Tensor:
@@ -90,16 +104,15 @@ class BlockwiseCurvature(Curvature):
         """Restore bases and eigenvalues.
 
         Raises:
-            StoreError: If the state lacks a component.
+            StoreError: If the state is not that of these components.
         """
-        parts: dict[str, dict[str, Tensor]] = {c.name: {} for c in components}
+        parts: dict[str, dict[str, Tensor]] = {}
         for key, value in state.items():
             name, tensor = key.rsplit("/", 1)
-            parts.setdefault(name, {})[tensor] = value
-        missing = [name for name, tensors in parts.items() if not tensors]
-        if missing:
-            raise StoreError(
-                f"{type(self).__name__}.load_state: no factors for {missing[:8]}, but for the others."
-            )
+            # A copy lies where torch puts tensors: with another alignment, as in a file, products round differently.
+            parts.setdefault(name, {})[tensor] = value.clone()
+        odd = sorted({c.name for c in components} ^ set(parts))
+        if odd:
+            raise StoreError(f"{type(self).__name__}.load_state: only one of components and factors has {odd[:8]}.")
         self.blocks = {name: load_block(tensors) for name, tensors in parts.items()}
         super().load_state(components, state)

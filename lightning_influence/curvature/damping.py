@@ -14,9 +14,7 @@ def check_damping(owner: str, damping: float | None, share: float) -> None:
         ValueError: Unless ``damping`` is None or a finite number > 0, and ``share`` a finite number > 0.
     """
     if damping is not None and not (_is_number(damping) and damping > 0):
-        raise ValueError(
-            f"`{owner}(damping={damping!r})`: expected a number > 0, or None for a share of the mean."
-        )
+        raise ValueError(f"`{owner}(damping={damping!r})`: expected a number > 0, or None for a share of the mean.")
     if not (_is_number(share) and share > 0):
         raise ValueError(f"`{owner}(damping_share={share!r})`: expected a finite number > 0, for example 0.1.")
 

@@ -39,7 +39,7 @@ class Exact(Curvature):
         seed: int = 0,
     ) -> None:
         check_damping("Exact", damping, damping_share)
-        check_fisher("Exact", fisher)
+        check_fisher("Exact", fisher, seed)
         self.damping, self.damping_share, self.fisher, self.seed = damping, damping_share, fisher, seed
         self._sums: dict[str, Tensor] = {}
         self._rows: list[Tensor] = []
@@ -68,10 +68,17 @@ class Exact(Curvature):
             self._rows = []
 
     def finish_pass(self) -> None:
-        """Decompose."""
-        moments = symmetric(self._sums["moments"]) / float(self._sums["examples"])
-        spectrum, self.basis = torch.linalg.eigh(moments)
-        self.eigenvalues = spectrum.clamp_min(0)
+        """Decompose.
+
+        Raises:
+            ValueError: If no example was seen.
+        """
+        examples = float(self._sums["examples"]) if self._sums else 0.0
+        if not examples:
+            raise ValueError("`Exact.finish_pass()`: no gradient was seen; expected at least one example.")
+        spectrum, basis = torch.linalg.eigh(symmetric(self._sums["moments"]) / examples)
+        # Contiguous as it will be read back from a store, so that solving rounds in the same way.
+        self.eigenvalues, self.basis = spectrum.clamp_min(0), basis.contiguous()
         self._sums, self.fitted = {}, True
 
     def precondition(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -90,8 +97,8 @@ class Exact(Curvature):
         rows = self.basis[start : start + component.numel]
         block = rows * self.eigenvalues @ rows.mT
         block.diagonal().add_(self._damping())
-        flat = gradients.flatten(1)
-        return torch.linalg.solve(block, flat.mT.double()).mT.to(flat.dtype).reshape(gradients.shape)
+        solved: Tensor = torch.linalg.solve(block, gradients.flatten(1).mT.double()).mT
+        return solved.to(gradients.dtype).reshape(gradients.shape)
 
     def partial(self) -> dict[str, Tensor]:
         """The sum of outer products and the count."""
@@ -120,7 +127,8 @@ class Exact(Curvature):
         size = sum(c.numel for c in components)
         if len(state["eigenvalues"]) != size:
             raise StoreError(f"Exact.load_state: {len(state['eigenvalues'])} eigenvalues for {size} parameters.")
-        self.eigenvalues, self.basis = state["eigenvalues"], state["basis"]
+        # Copies lie where torch puts tensors: with another alignment, as in a file, products round differently.
+        self.eigenvalues, self.basis = state["eigenvalues"].clone(), state["basis"].clone()
         super().load_state(components, state)
 
     def _damping(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -27,6 +28,10 @@ class Identity(Curvature):
     def solve(self, component: Component, gradients: Tensor) -> Tensor:
         """The gradients themselves."""
         return gradients
+
+    def precondition(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same, for the components of whatever model."""
+        return dict(gradients)
 
     def settings(self) -> dict[str, Any]:
         """No arguments."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 from lightning_influence.capture import Component, ExampleLoader, ExampleLoss, GradientCapture, LayerRecord
 from lightning_influence.capture.batches import to_device
 from lightning_influence.capture.component import Select
-from lightning_influence.capture.losses import resolve_loss
 from lightning_influence.capture.sampling import Uniforms
+from lightning_influence.curvature.base import loss_for
 from lightning_influence.estimators.scores import Scores
 
 Loss: TypeAlias = ExampleLoss | Callable[[nn.Module, Any], Tensor] | None
@@ -37,9 +37,12 @@ class Estimator(ABC):
         batch_size: Examples per batch; None takes the loader's, or 32.
         memory_budget: Bytes for the gradients of queries that are kept at a time.
         progress: Whether to show a progress bar when it takes more than a few seconds.
+
+    Attributes:
+        formula: What is computed, for the labels of the scores.
     """
 
-    formula: ClassVar[str]
+    formula: str
 
     def __init__(
         self,
@@ -91,54 +94,56 @@ class Estimator(ABC):
             Scores in the order of the data; ids are positions.
 
         Raises:
-            ValueError: If the data is empty, or a query has nothing supervised.
+            ValueError: If the data is empty, a query has nothing supervised, or a loss is not finite (ids are named).
         """
+        if labels not in ("data", "sampled"):
+            raise ValueError(f"`{type(self).__name__}.score(labels={labels!r})`: expected 'data' or 'sampled'.")
         left, right = self._loader(queries), self._loader(train)
-        self._check_supervised(left)
+        check_supervised(self.model, left, self.loss)
         blocks = []
         for block in self._query_blocks(left):
             gradients = self._query_gradients(block, labels, seed)
             blocks.append(self._against(gradients, right, per_component))
-        values = torch.cat(blocks, dim=-2)
+        notes = (self.formula, "unit gradients" * self.normalise, "sampled query labels" * (labels == "sampled"))
         return Scores(
-            values=values,
+            values=torch.cat(blocks, dim=-2),
             query_ids=tuple(left.ids),
             train_ids=tuple(right.ids),
-            formula=f"{self.formula}{', unit gradients' if self.normalise else ''}",
-            reduction=self._reduction,
+            formula=", ".join(filter(None, notes)),
+            reduction=loss_for(self.model, left, self.loss).reduction,
             components=tuple(c.name for c in self.components) if per_component else None,
             damping=self.damping,
         )
 
-    _reduction: str = ""
+    def check(self, queries: Any, labels: Labels = "data", seed: int = 0) -> None:
+        """Make sure that queries can be scored, by one forward and backward pass over them.
+
+        Raises:
+            ValueError: If the data is empty, a query has nothing supervised, or a loss is not finite (ids are named).
+            UnsupportedLayerError: If a component has no per-example gradient.
+        """
+        loader = self._loader(queries)
+        check_supervised(self.model, loader, self.loss)
+        with self.capture:
+            for records in self._records(loader, "checking queries", labels, seed):
+                next(records)  # the first record takes the passes, all others follow from them
 
     def _loader(self, data: Any) -> ExampleLoader:
-        return data if isinstance(data, ExampleLoader) else ExampleLoader(data, self.batch_size)
-
-    def _check_supervised(self, loader: ExampleLoader) -> None:
-        """A query without a target has no loss: say so before anything long starts."""
-        silent: list[int] = []
-        for ids, batch in loader:
-            loss = resolve_loss(self.model, batch, self.loss)
-            self._reduction = loss.reduction
-            silent += ids[loss.supervised(batch).cpu() == 0].tolist()
-        if silent:
-            raise ValueError(
-                f"{len(silent)} of {loader.num_examples} queries have no supervised target (ids {silent[:8]}); expected "
-                "at least one label other than -100 in each. Remove them, or check the label mask."
-            )
+        return ExampleLoader(data, self.batch_size)
 
     def _query_blocks(self, loader: ExampleLoader) -> Iterator[ExampleLoader]:
-        size = sum(c.numel for c in self.components) * 4
+        wide = any(parameter.dtype == torch.float64 for parameter in self.model.parameters())
+        size = sum(c.numel for c in self.components) * (8 if wide else 4)
         step = max(1, self.memory_budget // size)
         for k in range(0, loader.num_examples, step):
             yield ExampleLoader(loader, indices=loader.ids[k : k + step])
 
     def _query_gradients(self, loader: ExampleLoader, labels: Labels, seed: int) -> dict[str, Tensor]:
         found: dict[str, list[Tensor]] = {c.name: [] for c in self.components}
-        for records in self._records(loader, "query gradients", labels, seed):
-            for component, record in records:
-                found[component.name].append(record.example_gradients())
+        with self.capture:
+            for records in self._records(loader, "query gradients", labels, seed):
+                for component, record in records:
+                    found[component.name].append(record.example_gradients())
         gradients = {name: torch.cat(parts) for name, parts in found.items()}
         if self.normalise:
             squares = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0)
@@ -148,35 +153,54 @@ class Estimator(ABC):
 
     def _against(self, gradients: Mapping[str, Tensor], loader: ExampleLoader, per_component: bool) -> Tensor:
         """[q, n] or [c, q, n]."""
-        columns = []
-        for records in self._records(loader, "training examples"):
-            parts: list[Tensor] = []
-            squares: list[Tensor] = []
-            for component, record in records:
-                part = record.contract(gradients[component.name]).cpu()
-                if per_component or not parts:
-                    parts.append(part)
-                else:
-                    parts[0] += part
-                if self.normalise:
-                    squares.append(record.squared_norms().cpu())
-            values = torch.stack(parts) if per_component else parts[0]
-            columns.append(values * _inverse_length(torch.stack(squares).sum(0)) if self.normalise else values)
-        return torch.cat(columns, dim=-1)
+        with self.capture:
+            batches = self._records(loader, "training examples")
+            return torch.cat([self._columns(gradients, records, per_component) for records in batches], dim=-1)
+
+    def _columns(
+        self, gradients: Mapping[str, Tensor], records: Iterator[tuple[Component, LayerRecord]], per_component: bool
+    ) -> Tensor:
+        """Scores of one batch, [q, n] or [c, q, n]."""
+        parts: list[Tensor] = []
+        squares: list[Tensor] = []
+        for component, record in records:
+            part = record.contract(gradients[component.name]).cpu()
+            if per_component or not parts:
+                parts.append(part)
+            else:
+                parts[0] += part
+            if self.normalise:
+                squares.append(record.squared_norms().cpu())
+        values = torch.stack(parts) if per_component else parts[0]
+        return values * _inverse_length(torch.stack(squares).sum(0)) if self.normalise else values
 
     def _records(
         self, loader: ExampleLoader, what: str, labels: Labels = "data", seed: int = 0
     ) -> Iterator[Iterator[tuple[Component, LayerRecord]]]:
-        """For each batch, its (component, record) pairs; each must be used up before the next."""
+        """For each batch, its (component, record) pairs, to be used up before the next; the capture is active."""
         device = next(self.model.parameters()).device
+        loss = loss_for(self.model, loader, self.loss)
         label = f"{type(self).__name__}: {what}"
-        with self.capture:
-            for ids, batch in tqdm(loader, desc=label, delay=3, leave=False, disable=not self.progress):
-                batch = to_device(batch, device)
-                loss = resolve_loss(self.model, batch, self.loss)
-                losses = _sampled(loss, ids, seed) if labels == "sampled" else loss.losses
-                records = self.capture.record(batch, losses, ids, loss.position_mask(batch), loss.batch_size(batch))
-                yield zip(self.components, records, strict=True)
+        for ids, batch in tqdm(loader, desc=label, delay=3, leave=False, disable=not self.progress):
+            batch = to_device(batch, device)
+            losses = _sampled(loss, ids, seed) if labels == "sampled" else loss.losses
+            records = self.capture.record(batch, losses, ids, loss.position_mask(batch), loss.batch_size(batch))
+            yield zip(self.components, records, strict=True)
+
+
+def check_supervised(model: nn.Module, loader: ExampleLoader, loss: Loss) -> None:
+    """Refuse queries without a target: they have no loss.
+
+    Raises:
+        ValueError: Naming their ids.
+    """
+    found = loss_for(model, loader, loss)
+    silent = [k for ids, batch in loader for k in ids[found.supervised(batch).cpu() == 0].tolist()]
+    if silent:
+        raise ValueError(
+            f"{len(silent)} of {loader.num_examples} queries have no supervised target (ids {silent[:8]}); expected "
+            "at least one label other than -100 in each. Remove them, or check the label mask."
+        )
 
 
 def _sampled(loss: ExampleLoss, ids: Tensor, seed: int) -> Callable[[nn.Module, Any], Tensor]:
@@ -185,4 +209,6 @@ def _sampled(loss: ExampleLoss, ids: Tensor, seed: int) -> Callable[[nn.Module, 
 
 def _inverse_length(squares: Tensor) -> Tensor:
     """1 / length; 0 for an example without any gradient, whose scores are 0 then."""
-    return torch.where(squares > 0, squares.clamp_min(torch.finfo(squares.dtype).tiny).rsqrt(), torch.zeros_like(squares))
+    return torch.where(
+        squares > 0, squares.clamp_min(torch.finfo(squares.dtype).tiny).rsqrt(), torch.zeros_like(squares)
+    )

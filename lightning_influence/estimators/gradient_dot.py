@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -17,7 +16,7 @@ class GradientDot(Estimator):
     loss. Arguments are those of `Estimator`.
     """
 
-    formula: ClassVar[str] = "<g_q, g_i>"
+    formula = "<g_q, g_i>"
 
     def transform(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """As they are."""

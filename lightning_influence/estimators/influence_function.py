@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_influence.capture import Component, find_components
+from lightning_influence.capture import Component
 from lightning_influence.capture.component import Select
 from lightning_influence.curvature import EKFAC, Curvature
 from lightning_influence.errors import NotFittedError
@@ -26,11 +26,12 @@ class InfluenceFunction(Estimator):
         model: The model at the parameters of interest.
         curvature: The curvature; None for ``EKFAC()``. Fitted by `fit` unless it is already.
         loss: Per-example loss; None resolves it.
-        components: What `find_components` takes; those of a fitted curvature when None.
+        components: What `find_components` takes; None takes those of a fitted curvature, else everything trainable.
         **options: Those of `Estimator`.
-    """
 
-    formula: ClassVar[str] = "g_q^T (G + damping)^-1 g_i"
+    Raises:
+        ValueError: If a fitted curvature has other components than those asked for.
+    """
 
     def __init__(
         self,
@@ -41,27 +42,31 @@ class InfluenceFunction(Estimator):
         **options: Any,
     ) -> None:
         self.curvature = EKFAC() if curvature is None else curvature
-        if components is None and self.curvature.components:
-            components = list(self.curvature.components)
-        super().__init__(model, loss, components, **options)
-        if self.curvature.num_passes == 0:
-            self.curvature.start(self.components)
+        self.formula = f"g_q^T (G + damping)^-1 g_i, G: {type(self.curvature).__name__}"
+        known = self.curvature.components if self.curvature.fitted else ()
+        super().__init__(model, loss, list(known) if components is None and known else components, **options)
+        odd = {c.name for c in known} ^ {c.name for c in self.components}
+        if known and odd:
+            raise ValueError(
+                f"`InfluenceFunction(components=...)`: {type(self.curvature).__name__} was fitted on {len(known)} "
+                f"components, and only one of the two sides has {sorted(odd)[:8]}. Leave components out to take the "
+                "curvature's own; Scores.total(names) sums over some of them."
+            )
 
     @classmethod
     def from_store(cls, model: nn.Module, store: Store | str, name: str = "curvature", **options: Any) -> Self:
         """With the factors that a `CurvatureRecorder` left behind, after checking that they are of this model.
 
         Raises:
-            StoreError: If the store belongs to other weights or components.
+            StoreError: If the store belongs to other weights, or has no curvature of that name.
         """
         found = store if isinstance(store, Store) else Store.open(store)
-        components = find_components(model, [c.name for c in found.components])
-        found.verify(model=model, components=components)
-        return cls(model, found.read_curvature(name, components), components=components, **options)
+        found.verify(model=model)
+        return cls(model, found.read_curvature(name, device=str(next(model.parameters()).device)), **options)
 
     @property
     def damping(self) -> str | None:
-        """The curvature and its damping."""
+        """Damping of the curvature."""
         settings = self.curvature.settings()
         if settings.get("damping") is not None:
             return f"{settings['damping']}"
@@ -70,13 +75,8 @@ class InfluenceFunction(Estimator):
     def fit(self, train: Any) -> Self:
         """Fit the curvature on the training data, unless it is fitted already."""
         if not self.curvature.fitted:
-            self.curvature.fit(
-                self.model,
-                self._loader(train),
-                self.loss,
-                self.components,
-                progress=self.progress,
-            )
+            loader = self._loader(train)
+            self.curvature.fit(self.model, loader, self.loss, self.components, progress=self.progress)
         return self
 
     def transform(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:

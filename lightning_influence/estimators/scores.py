@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_influence.store import Store
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scores:
     """Influence of training examples on queries. Score > 0: adding (keeping) the example lowers the query's loss.
 
@@ -42,27 +42,42 @@ class Scores:
         if tuple(self.values.shape) != expected:
             raise ValueError(f"`Scores(values={tuple(self.values.shape)})`: expected {expected} from the labels.")
 
+    def __repr__(self) -> str:
+        """Sizes and labels, without the numbers and the ids."""
+        kept = "" if self.components is None else f" of {len(self.components)} components"
+        sizes = f"{len(self.query_ids)} queries x {len(self.train_ids)} training examples{kept}"
+        labels = {"damping": self.damping, "checkpoint": self.checkpoint}
+        known = [f"{key}={value!r}" for key, value in labels.items() if value is not None]
+        return f"Scores({', '.join([sizes, f'formula={self.formula!r}', f'reduction={self.reduction!r}', *known])})"
+
     def total(self, components: Sequence[str] | None = None) -> Tensor:
         """Sum over components, [q, n]; over some of them when named.
 
         Raises:
-            ValueError: If a component is named that the scores do not hold.
+            ValueError: If a component is named that the scores do not hold, or one is named twice.
         """
         if components is None:
             return self.values if self.components is None else self.values.sum(0)
         known = self.components or ()
         unknown = [name for name in components if name not in known]
-        if unknown:
-            raise ValueError(f"`Scores.total(components={unknown})`: expected names among {list(known[:8])}.")
+        if unknown or len(set(components)) < len(components):
+            raise ValueError(
+                f"`Scores.total(components={unknown or list(components)})`: expected names among {list(known[:8])}, "
+                "each once. Scores hold components when they were made with per_component=True."
+            )
         return self.values[[known.index(name) for name in components]].sum(0)
 
-    def top(self, k: int, query: int = 0) -> list[tuple[int | str, float]]:
-        """The k most helpful training examples for one query (by its position), with their scores.
+    def top(self, k: int, query: int = 0, *, harmful: bool = False) -> list[tuple[int | str, float]]:
+        """The k most helpful training examples for one query (by its position), or the most harmful ones.
 
         Ties are broken by position, so the answer does not depend on the platform.
+
+        >>> scores = Scores(torch.tensor([[0.5, -2.0, 3.0]]), ("q",), ("a", "b", "c"), "dot", "sum")
+        >>> scores.top(2), scores.top(1, harmful=True)
+        ([('c', 3.0), ('a', 0.5)], [('b', -2.0)])
         """
         row = self.total()[query]
-        order = torch.argsort(row, descending=True, stable=True)[:k].tolist()
+        order = torch.argsort(row, descending=not harmful, stable=True)[:k].tolist()
         return [(self.train_ids[i], float(row[i])) for i in order]
 
     def at(self, checkpoint: str) -> Scores:

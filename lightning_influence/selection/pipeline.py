@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
+import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from dataclasses import replace
+from typing import Any, Literal, TypeAlias, get_args
 
-import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from lightning_influence.capture import Component, ExampleLoader, ExampleLoss
-from lightning_influence.capture.batches import leaves
 from lightning_influence.capture.component import Select
-from lightning_influence.capture.losses import resolve_loss
 from lightning_influence.curvature import Curvature
 from lightning_influence.estimators.group_influence import Interactions
 from lightning_influence.estimators.influence_function import InfluenceFunction
 from lightning_influence.selection.base import SelectionRule
 from lightning_influence.selection.budget import resolve_budget
 from lightning_influence.selection.interaction_greedy import InteractionGreedy
+from lightning_influence.selection.pool_audit import PoolAudit, audit_pool
 from lightning_influence.selection.saturation import saturating_weight
 from lightning_influence.selection.selection import Selection
 
 Weight: TypeAlias = Literal["saturate", "1/n", "1/k"] | float
 TargetCurvature: TypeAlias = Literal["empirical", "sampled"]
+
+CALL = "select_training_data"
 
 
 def select_training_data(
@@ -73,117 +72,70 @@ def select_training_data(
 
     Returns:
         The selection, in pick order, with gains as predicted changes of the mean target loss (of unit gradients
-        when ``normalise``).
+        when ``normalise``); ``positions`` are those in the whole pool, like the ids.
 
     Raises:
-        ValueError: If an argument does not fit, before any long pass.
+        ValueError: If an argument does not fit, or a target has nothing supervised or a loss that is not finite,
+            before any pass over the pool; if the loss of a pool row is not finite.
+        UnsupportedLayerError: If the model has no component.
 
     Warns:
         UserWarning: If pool rows have nothing supervised (they are left out), stand in the pool twice, or also
-            stand in the target set.
+            stand in the target set; if no row is predicted to lower the target loss.
     """
-    _check_options(weight, target_curvature)
+    rule = InteractionGreedy() if rule is None else rule
+    _check_options(rule, weight, target_curvature)
     rows, goals = ExampleLoader(pool, batch_size), ExampleLoader(targets, batch_size)
-    rows = _usable(model, rows, goals, loss, progress)
-    k = resolve_budget(budget, rows.num_examples, "select_training_data")
-    options: dict[str, Any] = {"normalise": normalise, "progress": progress}
-    influence = InfluenceFunction(model, curvature, loss, components, **options).fit(rows)
-    scores = influence.score(goals, rows)
+    resolve_budget(budget, rows.num_examples, CALL)
+    influence = InfluenceFunction(model, curvature, loss, components, normalise=normalise, progress=progress)
+    influence.check(goals)
+    if target_curvature == "sampled":
+        influence.check(ExampleLoader(goals, indices=goals.ids[:1]), labels="sampled")
+    rows = _usable(rows, audit_pool(model, rows, goals, loss, progress))
+    k = resolve_budget(budget, rows.num_examples, CALL)
+    scores = influence.fit(rows).score(goals, rows)
     fisher = influence.score(goals, rows, labels="sampled", seed=seed) if target_curvature == "sampled" else None
-    return choose(Interactions.from_scores(scores, 1 / k, fisher), rule or InteractionGreedy(), k, weight)
+    selection = choose(Interactions.from_scores(scores, 1 / k, fisher), rule, k, weight)
+    return replace(selection, positions=tuple(int(name) for name in selection.ids))
 
 
 def choose(interactions: Interactions, rule: SelectionRule, budget: int, weight: Weight = "saturate") -> Selection:
     """The rule's selection, with the weight of a row resolved as `select_training_data` says."""
-    if weight == "saturate":
-        if not isinstance(rule, InteractionGreedy):
-            return interactions.select(rule, budget)
-        weight = saturating_weight(interactions, rule, budget)
     sizes = {"1/n": 1 / len(interactions), "1/k": 1 / budget}
-    number = sizes[weight] if isinstance(weight, str) else float(weight)
+    if weight == "saturate":
+        number = _saturating(interactions, rule, budget) if isinstance(rule, InteractionGreedy) else sizes["1/k"]
+    else:
+        number = sizes[weight] if isinstance(weight, str) else float(weight)
     return interactions.reweighted(number).select(rule, budget)
 
 
-@dataclass(frozen=True)
-class PoolAudit:
-    """What stands out in a pool before it is used; ids are positions.
-
-    Attributes:
-        unsupervised: Rows without any target.
-        duplicates: Rows that repeat an earlier one.
-        leaked: Rows that are also in the target set.
-    """
-
-    unsupervised: tuple[int, ...]
-    duplicates: tuple[int, ...]
-    leaked: tuple[int, ...]
-
-
-def audit_pool(
-    model: nn.Module,
-    pool: ExampleLoader,
-    targets: ExampleLoader,
-    loss: ExampleLoss | Callable[[nn.Module, Any], Tensor] | None = None,
-    progress: bool = True,
-) -> PoolAudit:
-    """Read pool and targets once, without the model, and report rows that a selection should not hide."""
-    goals = {_digest(targets.dataset, k) for k in targets.ids}
-    seen: set[str] = set()
-    unsupervised, duplicates, leaked = [], [], []
-    for ids, batch in tqdm(pool, desc="checking the pool", delay=3, leave=False, disable=not progress):
-        counts = resolve_loss(model, batch, loss).supervised(batch).cpu()
-        unsupervised += ids[counts == 0].tolist()
-        for k in ids.tolist():
-            digest = _digest(pool.dataset, k)
-            if digest in seen:
-                duplicates.append(k)
-            if digest in goals:
-                leaked.append(k)
-            seen.add(digest)
-    return PoolAudit(tuple(unsupervised), tuple(duplicates), tuple(leaked))
-
-
-def _usable(
-    model: nn.Module,
-    rows: ExampleLoader,
-    goals: ExampleLoader,
-    loss: ExampleLoss | Callable[[nn.Module, Any], Tensor] | None,
-    progress: bool,
-) -> ExampleLoader:
-    audit = audit_pool(model, rows, goals, loss, progress)
-    reports = (
-        (audit.unsupervised, "have no supervised target and are left out"),
-        (audit.duplicates, "repeat an earlier row; interactions discount them, additive rules do not"),
-        (audit.leaked, "also stand in the target set, so the selection may only memorise the target"),
+def _saturating(interactions: Interactions, rule: SelectionRule, budget: int) -> float:
+    if float(interactions.values.max()) > 0:
+        return saturating_weight(interactions, rule, budget)
+    warnings.warn(
+        f"{CALL}: no row of the pool is predicted to lower the target loss; the least harmful ones are chosen, with "
+        "weight 1/k. Check that pool and targets fit together.",
+        stacklevel=4,
     )
-    for ids, what in reports:
-        if ids:
-            warnings.warn(f"{len(ids)} of {rows.num_examples} pool rows {what} (ids {list(ids[:8])}).", stacklevel=4)
-    left = sorted(set(rows.ids) - set(audit.unsupervised))
+    return 1 / budget
+
+
+def _usable(rows: ExampleLoader, audit: PoolAudit) -> ExampleLoader:
+    """The pool without rows that have no target, after saying what else stands out."""
+    for remark in audit.remarks:
+        warnings.warn(f"{CALL}: {remark}", stacklevel=3)
+    left_out = set(audit.unsupervised)
+    left = [k for k in rows.ids if k not in left_out]
     if not left:
-        raise ValueError("select_training_data: no row of the pool has a supervised target; check the label mask.")
-    return rows if len(left) == rows.num_examples else ExampleLoader(rows, indices=left)
+        raise ValueError(f"{CALL}: no row of the pool has a supervised target; check the label mask.")
+    return ExampleLoader(rows, indices=left)
 
 
-def _digest(dataset: Any, k: int) -> str:
-    hashed = hashlib.sha256()
-    for leaf in leaves(dataset[k]):
-        plain = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if _is_array(leaf) else leaf
-        hashed.update(plain.tobytes() if _is_array(leaf) else repr(plain).encode())
-    return hashed.hexdigest()
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor)
-
-
-def _check_options(weight: Weight, target_curvature: str) -> None:
-    number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-    if weight not in ("saturate", "1/n", "1/k") and not (number and float(weight) > 0):
-        raise ValueError(
-            f"`select_training_data(weight={weight!r})`: expected 'saturate', '1/n', '1/k' or a number > 0."
-        )
-    if target_curvature not in ("empirical", "sampled"):
-        raise ValueError(
-            f"`select_training_data(target_curvature={target_curvature!r})`: expected 'empirical' or 'sampled'."
-        )
+def _check_options(rule: object, weight: object, target_curvature: str) -> None:
+    if not isinstance(rule, SelectionRule):
+        raise ValueError(f"`{CALL}(rule={rule!r})`: expected a SelectionRule, such as InteractionGreedy() or TopK().")
+    positive = isinstance(weight, (int, float)) and not isinstance(weight, bool) and 0 < weight < math.inf
+    if weight not in ("saturate", "1/n", "1/k") and not positive:
+        raise ValueError(f"`{CALL}(weight={weight!r})`: expected 'saturate', '1/n', '1/k' or a number > 0.")
+    if target_curvature not in get_args(TargetCurvature):
+        raise ValueError(f"`{CALL}(target_curvature={target_curvature!r})`: expected 'empirical' or 'sampled'.")

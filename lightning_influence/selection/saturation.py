@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
+from lightning_influence.estimators.factors import Factors
 from lightning_influence.estimators.group_influence import Interactions
 from lightning_influence.selection.base import SelectionRule
 from lightning_influence.selection.selection import Selection
 
 EDGE = 20  # the first and the last of so many parts of the picks are compared
-HALVINGS = 6  # of the interval on a logarithmic scale: the weight is exact to about one per cent
+HALVINGS = 6  # of the interval on a logarithmic scale: the weight is exact to about two per cent
 
 
-def saturating_weight(
-    interactions: Interactions, rule: SelectionRule, budget: int, saturation: float = 0.05
-) -> float:
+def saturating_weight(interactions: Interactions, rule: SelectionRule, budget: int, saturation: float = 0.05) -> float:
     """The largest weight of an added row at which the last picks still gain something.
 
     First-order gains grow with the weight, interactions with its square. A small weight makes the rule additive: it
@@ -25,6 +24,10 @@ def saturating_weight(
     picked because they undo their overshoot, wrong labels first. In between the estimate is used up just when the
     budget is: at the returned weight the last twentieth of the picks gains ``saturation`` times what the first
     twentieth does.
+
+    Beyond the weight at which half of the best rows overshoot by themselves, rows gain because they do nothing, so
+    the weight never exceeds it: with small budgets it is the answer, for a single row exactly its own optimum. Picks
+    that would hardly gain at any weight, because the budget reaches far into the pool, do not count.
 
     The formula's own weights, 1/n and 1/k, suit some models and pools and miss others by orders of magnitude,
     because a model trained on the selection goes as far along the chosen directions as its training takes it, not
@@ -44,19 +47,20 @@ def saturating_weight(
     """
     if not 0 < saturation < 1:
         raise ValueError(f"`saturating_weight(saturation={saturation!r})`: expected a share in (0, 1), such as 0.05.")
-    best = float(interactions.values.max())
-    if best <= 0:
+    if float(interactions.values.max()) <= 0:
         raise ValueError(
             "saturating_weight: no row of the pool is predicted to lower the target loss on its own. Check that pool "
             "and target fit together, or give the weight."
         )
+    picks = _counted(interactions.values, budget, saturation)
 
     def lasts(weight: float) -> bool:
-        gains = interactions.reweighted(weight).select(rule, budget).gains
+        gains = interactions.reweighted(weight).select(rule, picks).gains
         return _share(gains) >= saturation
 
-    low, high = _bracket(lasts, _alone(interactions) / budget)
-    for _ in range(HALVINGS):
+    alone = _alone(interactions, picks)
+    low, high = _bracket(lasts, alone / picks, alone)
+    for _ in range(HALVINGS if low < high else 0):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if lasts(middle) else (low, middle)
     return low
@@ -70,29 +74,38 @@ def select_at_saturation(
     return interactions.reweighted(weight).select(rule, budget), weight
 
 
-def _alone(interactions: Interactions) -> float:
-    """Weight at which the row with the best first-order gain, alone, is at its optimum: b = K there."""
-    row = interactions.ids[int(interactions.values.argmax())]
-    own = float(interactions.pairwise([row]))
-    value = float(interactions.values.max())
-    return interactions.weight * (value / own if own > 0 else 1.0)
+def _counted(values: Tensor, budget: int, saturation: float) -> int:
+    """Number of picks that can last: all of the budget, unless they fade without any interaction already."""
+    best = values.sort(descending=True).values[:budget]
+    fading = min(1.0, 2 * saturation)
+    return budget if _share(-best) >= fading else int((best >= fading * best[0]).sum())
 
 
-def _bracket(lasts: object, start: float) -> tuple[float, float]:
-    """Two weights, a factor of 4 apart, between which the gains stop lasting."""
-    assert callable(lasts)
-    weight = start
-    if lasts(weight):
-        while lasts(4 * weight) and weight < 1e6 * start:
-            weight *= 4
-        return weight, 4 * weight
-    while not lasts(weight / 4) and weight > 1e-6 * start:
-        weight /= 4
-    return weight / 4, weight
+def _alone(interactions: Interactions, picks: int) -> float:
+    """Weight at which a row is at its optimum alone, b = K there; the median over the rows with the best b."""
+    pool = Factors(interactions.values, interactions.features, interactions.metric, tuple(interactions.ids))
+    best = pool.values.sort(descending=True, stable=True).indices[:picks]
+    values, own = pool.values[best], pool.self_interactions()[best]
+    ratios = (values / own)[own > 0]
+    return interactions.weight * (float(ratios.median()) if len(ratios) else 1.0)
+
+
+def _bracket(lasts: Callable[[float], bool], start: float, limit: float) -> tuple[float, float]:
+    """Two weights, at most a factor of 4 apart, between which the gains stop lasting; the limit twice if nowhere."""
+    if not lasts(start):
+        while not lasts(start / 4):  # ends: in the additive limit the counted picks last
+            start /= 4
+        return start / 4, start
+    while start < limit:
+        higher = min(4 * start, limit)
+        if not lasts(higher):
+            return start, higher
+        start = higher
+    return limit, limit
 
 
 def _share(gains: Tensor) -> float:
     """Mean of the last gains over the mean of the first; gains are negative where the loss falls."""
     edge = max(1, len(gains) // EDGE)
     first = float(gains[:edge].mean())
-    return float(torch.as_tensor(gains[-edge:]).mean()) / first if first < 0 else -math.inf
+    return float(gains[-edge:].mean()) / first if first < 0 else -math.inf

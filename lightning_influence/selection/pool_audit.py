@@ -1,0 +1,95 @@
+"""Rows of a pool that a selection should not hide."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lightning_influence.capture import ExampleLoader, ExampleLoss
+from lightning_influence.capture.batches import leaves
+from lightning_influence.curvature.base import loss_for
+
+
+@dataclass(frozen=True)
+class PoolAudit:
+    """What stands out in a pool before it is used; ids are positions.
+
+    Attributes:
+        size: Number of rows.
+        unsupervised: Rows without any target.
+        duplicates: Rows that repeat an earlier one.
+        leaked: Rows that are also in the target set.
+    """
+
+    size: int
+    unsupervised: tuple[int, ...]
+    duplicates: tuple[int, ...]
+    leaked: tuple[int, ...]
+
+    @property
+    def remarks(self) -> list[str]:
+        """A sentence about each kind of row that was found, with the first ids."""
+        kinds = (
+            (self.unsupervised, "have no supervised target and are left out"),
+            (self.duplicates, "repeat an earlier row; interactions discount them, additive rules do not"),
+            (self.leaked, "also stand in the target set, so the selection may only memorise the target"),
+        )
+        return [f"{len(ids)} of {self.size} pool rows {what} (ids {list(ids[:8])})." for ids, what in kinds if ids]
+
+
+def audit_pool(
+    model: nn.Module,
+    pool: ExampleLoader,
+    targets: ExampleLoader,
+    loss: ExampleLoss | Callable[[nn.Module, Any], Tensor] | None = None,
+    progress: bool = True,
+) -> PoolAudit:
+    """Read pool and targets once, without running the model."""
+    found = loss_for(model, pool, loss)
+    goals = {_digest(targets.dataset[k]) for k in targets.ids} - {None}
+    seen: set[str] = set()
+    unsupervised: list[int] = []
+    duplicates: list[int] = []
+    leaked: list[int] = []
+    for ids, batch in tqdm(pool, desc="checking the pool", delay=3, leave=False, disable=not progress):
+        unsupervised += ids[found.supervised(batch).cpu() == 0].tolist()
+        for k in ids.tolist():
+            digest = _digest(pool.dataset[k])
+            if digest is None:
+                continue
+            if digest in seen:
+                duplicates.append(k)
+            if digest in goals:
+                leaked.append(k)
+            seen.add(digest)
+    return PoolAudit(pool.num_examples, tuple(unsupervised), tuple(duplicates), tuple(leaked))
+
+
+def _digest(row: Any) -> str | None:
+    """Equal for rows of equal values; None for a row that holds something whose value cannot be told."""
+    hashed = hashlib.sha256()
+    for leaf in leaves(row):
+        described = _described(leaf)
+        if described is None:
+            return None
+        hashed.update(len(described).to_bytes(8, "big") + described)  # so that 1, 23 is not 12, 3
+    return hashed.hexdigest()
+
+
+def _described(leaf: Any) -> bytes | None:
+    if isinstance(leaf, Tensor):
+        values = leaf.detach().cpu().contiguous().reshape(-1)
+        return f"{leaf.dtype} {list(leaf.shape)}".encode() + values.view(torch.uint8).numpy().tobytes()
+    if hasattr(leaf, "__array_interface__"):  # numpy, images
+        array = np.asarray(leaf)
+        return None if array.dtype == object else f"{array.dtype} {array.shape}".encode() + array.tobytes()
+    if leaf is None or isinstance(leaf, str | bytes | int | float | complex):
+        return repr(leaf).encode()
+    return None
