@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -128,11 +128,30 @@ class DataSelector(DataModuleWrapper):
         """Positions that are served, in the order of the pool; None while the whole pool is."""
         return None if self._positions is None else sorted(self._positions)
 
+    @overload
+    def select(
+        self,
+        model: nn.Module,
+        ids: None = None,
+        *,
+        budget: int | float | None = None,
+        rule: SelectionRule | None = None,
+        store: str | os.PathLike[str] | None = None,
+        batch_size: int | None = None,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> Selection: ...
+
+    @overload
+    def select(self, model: None = None, ids: Sequence[int] = ...) -> None: ...
+
     def select(
         self,
         model: nn.Module | None = None,
         ids: Sequence[int] | None = None,
         *,
+        budget: int | float | None = None,
+        rule: SelectionRule | None = None,
         store: str | os.PathLike[str] | None = None,
         batch_size: int | None = None,
         seed: int = 0,
@@ -144,6 +163,8 @@ class DataSelector(DataModuleWrapper):
             model: The warm-up model, from which the choice is computed. Left as it was; its ``self.log`` does nothing
                 meanwhile.
             ids: Positions chosen elsewhere, instead of a model.
+            budget: Instead of the selector's own.
+            rule: Instead of the selector's own.
             store: Folder of a recording of `CurvatureRecorder`, whose factors are used instead of fitting new
                 ones; it must be of the weights the model has now.
             batch_size: Examples per batch of the passes; None takes the loader's.
@@ -162,9 +183,10 @@ class DataSelector(DataModuleWrapper):
         if ids is not None:
             return self._use([int(k) for k in ids], None, None)
         assert model is not None
-        if self._budget is None:
+        budget = self._budget if budget is None else check_budget(budget, "DataSelector.select")
+        if budget is None:
             raise ValueError("`DataSelector(budget=None)`: expected an int >= 1 or a fraction in (0, 1] to select.")
-        options = dict(self._options)
+        options = self._options | ({} if rule is None else {"rule": rule})
         if store is not None:
             options["curvature"] = _recorded_curvature(store, model, options["components"])
         pool = self.pool_dataloader()
@@ -173,21 +195,23 @@ class DataSelector(DataModuleWrapper):
                 model,
                 pool,
                 self._target_data(),
-                budget=self._budget,
+                budget=budget,
                 batch_size=batch_size,
                 seed=seed,
                 progress=progress,
                 **options,
             )
-        return self._use(_as_positions(selection), selection, data_fingerprint(pool.dataset))
+        self._use(_as_positions(selection), selection, data_fingerprint(pool.dataset))
+        return selection
 
-    def use(self, selection: Selection) -> Selection | None:
+    def use(self, selection: Selection) -> Selection:
         """Serve a selection that was made elsewhere from the same pool; its ids are positions.
 
         Raises:
             ValueError: If its ids are names.
         """
-        return self._use(_as_positions(selection), selection, None)
+        self._use(_as_positions(selection), selection, None)
+        return selection
 
     def clear(self) -> None:
         """Serve the whole pool again."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,13 +56,15 @@ class InfluenceFunction(Estimator):
             )
 
     @classmethod
-    def from_store(cls, model: nn.Module, store: Store | str, name: str = "curvature", **options: Any) -> Self:
+    def from_store(
+        cls, model: nn.Module, store: Store | str | os.PathLike[str], name: str = "curvature", **options: Any
+    ) -> Self:
         """With the factors that a `CurvatureRecorder` left behind, after checking that they are of this model.
 
         Raises:
             StoreError: If the store belongs to other weights, or has no curvature of that name.
         """
-        found = store if isinstance(store, Store) else Store.open(store)
+        found = store if isinstance(store, Store) else Store.open(Path(store))
         found.verify(model=model)
         return cls(model, found.read_curvature(name, device=str(next(model.parameters()).device)), **options)
 

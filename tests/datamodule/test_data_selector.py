@@ -192,6 +192,19 @@ def test_validation_data_are_the_targets_by_default():
     assert data.calls == ["prepare_data", "setup"]  # by select itself: no fit has done so
 
 
+def test_budget_and_rule_of_one_call() -> None:
+    data = Data()
+    selector = DataSelector(data, budget=3)
+    chosen = selector.select(Net(), budget=0.25, rule=Random(seed=1), progress=False)
+    pool = len(selector.pool_dataloader().dataset)  # type: ignore[arg-type]
+    assert chosen.budget == round(0.25 * pool)
+    assert chosen.rule == repr(Random(seed=1))
+    assert selector.select(Net(), progress=False).budget == 3
+    with pytest.raises(ValueError, match=r"`DataSelector.select\(budget=0\)`"):
+        selector.select(Net(), budget=0)
+
+
+
 def test_training_after_a_selection_is_that_of_the_same_loader():
     """Selecting draws no random number and leaves the model as it was."""
     data = Data()
