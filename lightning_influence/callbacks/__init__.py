@@ -8,6 +8,7 @@ from lightning_influence.callbacks.gradient_dot_recorder import GradientDotRecor
 from lightning_influence.callbacks.guard import pristine
 from lightning_influence.callbacks.recording import Recording
 from lightning_influence.callbacks.records import Record, find_records
+from lightning_influence.callbacks.training_step_loss import TrainingStepLoss
 
 __all__ = [
     "CurvatureRecorder",
@@ -15,6 +16,7 @@ __all__ = [
     "Record",
     "Recorder",
     "Recording",
+    "TrainingStepLoss",
     "find_records",
     "pristine",
 ]

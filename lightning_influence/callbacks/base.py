@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from lightning_influence.callbacks import records
 from lightning_influence.callbacks.checkpoint_watch import CheckpointWatch, SavedCheckpoint, checkpoint_files
+from lightning_influence.callbacks.examination import Examination, examine, resolve
 from lightning_influence.callbacks.guard import pristine
 from lightning_influence.callbacks.preconditions import check_averaging, check_loss, check_savers, check_strategy
 from lightning_influence.callbacks.recording import RankError, Recording, Trigger, raise_together
 from lightning_influence.callbacks.records import Record, find_records
+from lightning_influence.capture.examples import ExampleLoader
 from lightning_influence.capture.losses import Batch, ExampleLoss
 from lightning_influence.store import model_fingerprint
 
@@ -45,8 +47,8 @@ class Recorder(Callback, ABC):
         dirpath: Parent of the recorder's folder; None takes ``influence`` beside the files of the first
             checkpoint callback, or below the Trainer's ``default_root_dir``.
         components: Which parameters, see `find_components`; None for everything trainable.
-        loss: Loss of one example, see `resolve_loss`; None takes the module's ``example_losses`` or one that fits
-            the batches.
+        loss: Loss of one example, see `resolve_loss`; None takes the module's ``example_losses``, one that fits
+            the batches, or what ``training_step`` returns, where it adds up over examples (`TrainingStepLoss`).
         batch_size: Examples per batch of a recording; None takes that of the loader.
         keep: ``"all"`` recordings, or only those ``"with_checkpoint"``: when `ModelCheckpoint` deletes or
             overwrites a file, its recording goes too.
@@ -87,6 +89,7 @@ class Recorder(Callback, ABC):
         self._roots: list[str] = []
         self._watch = CheckpointWatch()
         self._recorded: int | None = None
+        self._examination: Examination | None = None
         self._restored = False
 
     @abstractmethod
@@ -99,6 +102,38 @@ class Recorder(Callback, ABC):
     def check(self, recording: Recording) -> None:
         """Raise now, at the start of training, what would otherwise be raised after the first long pass."""
         return
+
+    def examine(self, recording: Recording, train: ExampleLoader, layout: ExampleLoader | None = None) -> ExampleLoss:
+        """Settle the loss of all recordings of this fit: `check` calls it where losses are recorded.
+
+        It is ``loss=``, the module's ``example_losses``, one that fits the batches, or what ``training_step``
+        returns (`TrainingStepLoss`). Two training examples are compared alone and in their batch, and the losses
+        with what ``training_step`` returns.
+
+        Args:
+            recording: The one handed to `check`.
+            train: Training examples, from `Recording.examples`.
+            layout: Examples whose layout decides; None for the training examples.
+
+        Returns:
+            The loss, computed in the precision of the training.
+
+        Raises:
+            ValueError: If the loss of an example depends on the rest of its batch.
+        """
+        loss = resolve(recording, train if layout is None else layout, self.loss)
+        self._examination = examine(recording, train, loss, self.components)
+        return recording.in_precision(self._examination.loss)
+
+    @property
+    def settled_loss(self) -> Loss | None:
+        """The loss that `examine` found; ``loss=`` before."""
+        return self.loss if self._examination is None else self._examination.loss
+
+    @property
+    def trained_reduction(self) -> str:
+        """What ``training_step`` makes of the examples' losses, as `examine` found it."""
+        return "not compared" if self._examination is None else self._examination.trained_reduction
 
     @property
     def records(self) -> list[Record]:
@@ -128,6 +163,7 @@ class Recorder(Callback, ABC):
         """Refuse what cannot work, before anything runs."""
         if stage != "fit":
             return
+        self._examination = None
         check_strategy(self._call(), trainer)
         check_loss(self._call(loss=self.loss), pl_module, self.loss)
         if self.when == "checkpoint":

@@ -58,7 +58,7 @@ class CurvatureRecorder(Recorder):
     def check(self, recording: Recording) -> None:
         """Take in one batch, so that whatever cannot work is said now."""
         examples = recording.examples(self._train(recording))
-        loss = recording.loss(examples, self.loss)
+        loss = self.examine(recording, examples)
         curvature = _twin(self.curvature)
         with GradientCapture(recording.model, self.components) as capture:
             curvature.start(capture.components)
@@ -67,7 +67,7 @@ class CurvatureRecorder(Recorder):
     def record(self, recording: Recording) -> None:
         """Fit on this rank's part of the examples, adding up after each pass; rank 0 writes."""
         train = self._train(recording)
-        loss = recording.loss(recording.examples(train), self.loss)
+        loss = recording.loss(recording.examples(train), self.settled_loss)
         if self._usable is None:
             self._usable = _supervised(recording.examples(train), loss)
         curvature = _twin(self.curvature)
@@ -94,6 +94,7 @@ class CurvatureRecorder(Recorder):
             recording.model,
             curvature.components,
             reduction=loss.reduction,
+            trained_reduction=self.trained_reduction,
             precision=str(recording.trainer.precision),
             step=recording.step,
             train=data_fingerprint(train.dataset),

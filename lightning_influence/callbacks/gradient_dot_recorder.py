@@ -83,6 +83,8 @@ class GradientDotRecorder(Recorder):
         """Find the candidates, and compare one query with one training example."""
         train = self._train(recording)
         self._found = self._candidates(train)
+        queries = recording.examples(ExampleLoader(self.queries, self.batch_size))
+        self.examine(recording, recording.examples(train), queries)
         self._score(recording, train.ids[:1], ExampleLoader(self.queries).ids[:1])
 
     def record(self, recording: Recording) -> None:
@@ -124,7 +126,7 @@ class GradientDotRecorder(Recorder):
         right = ExampleLoader(right, indices=ids)
         with recording.progress(2 * len(left) + len(right)) as advance:
             left, right = recording.examples(left, advance=advance), recording.examples(right, advance=advance)
-            loss = recording.loss(left, self.loss)
+            loss = recording.loss(left, self.settled_loss)
             estimator = GradientDot(recording.model, loss, self.components, normalise=self.normalise, progress=False)
             scores = estimator.score(left, right, per_component=self.per_component)
         return scores.at(recording.checkpoint or f"step={recording.step}")
@@ -137,6 +139,7 @@ class GradientDotRecorder(Recorder):
             components,
             formula=scores.formula,
             reduction=scores.reduction,
+            trained_reduction=self.trained_reduction,
             precision=str(recording.trainer.precision),
             step=recording.step,
             train=data_fingerprint(train.dataset),

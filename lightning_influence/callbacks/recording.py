@@ -97,7 +97,11 @@ class Recording:
             loss: What `resolve_loss` takes.
         """
         _, batch = next(iter(examples))
-        return PrecisionLoss(resolve_loss(self.model, batch, loss), self.trainer.precision_plugin.forward_context)
+        return self.in_precision(resolve_loss(self.model, batch, loss))
+
+    def in_precision(self, loss: ExampleLoss) -> ExampleLoss:
+        """The loss, computed in the precision of the training."""
+        return PrecisionLoss(loss, self.trainer.precision_plugin.forward_context)
 
     def sum_over_ranks(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace every tensor by its sum over the ranks, in place; the names are the same on all of them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning.pytorch import seed_everything
+from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from lightning_influence.callbacks.curvature_recorder import CurvatureRecorder
@@ -99,7 +100,10 @@ def test_nothing_with_a_target_is_an_error(tmp_path):
 
 
 def test_a_loss_that_cannot_sample_is_refused_before_training(tmp_path):
-    recorder = CurvatureRecorder(loss=lambda model, batch: model(batch[0]).sum(1), components=LINEAR)
+    def losses(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    recorder = CurvatureRecorder(loss=losses, components=LINEAR)
     with pytest.raises(ValueError, match=r"cannot sample labels\. Ask for fisher='empirical'"):
         run(tmp_path, [recorder])
     assert not list(tmp_path.rglob("*.ckpt"))

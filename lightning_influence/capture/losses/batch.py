@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from typing import Literal
 
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from lightning_influence.capture.losses.base import Batch, ExampleLoss, at_least_float
 from lightning_influence.capture.sampling import Uniforms
@@ -31,6 +33,12 @@ class BatchLoss(ExampleLoss):
             raise ValueError(f"`{type(self).__name__}(batch_reduction={batch_reduction!r})`: expected 'mean' or 'sum'.")
         self.batch_reduction = batch_reduction
         self.reduction = f"defined by {self.name}, a {batch_reduction} over examples"
+
+    def summed(self) -> Self:
+        """The same loss, taken as a sum."""
+        twin = copy.copy(self)
+        BatchLoss.__init__(twin, "sum")
+        return twin
 
     @abstractmethod
     def batch_loss(self, model: nn.Module, batch: Batch) -> Tensor:
