@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_influence.capture.forward import runnable
-from lightning_influence.capture.losses.base import IGNORED, Batch, ExampleLoss, at_least_float, predictions
+from lightning_influence.capture.losses.base import IGNORED, Batch, ExampleLoss, predictions
+from lightning_influence.capture.losses.token_cross_entropy import token_cross_entropy
 from lightning_influence.capture.sampling import Uniforms, sample_categories
 
 
@@ -92,10 +92,9 @@ class LanguageModelLoss(ExampleLoss):
 
     def _reduced(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         if _mostly(mask):
-            tokens = at_least_float(logits.flatten(0, 1))
-            each = F.cross_entropy(tokens, labels.flatten(), ignore_index=IGNORED, reduction="none").reshape(mask.shape)
+            each = token_cross_entropy(logits.flatten(0, 1), labels.flatten()).reshape(mask.shape)
         else:
-            each = F.cross_entropy(at_least_float(logits[mask]), labels[mask], reduction="none")
+            each = token_cross_entropy(logits[mask], labels[mask])
             each = each.new_zeros(mask.shape).masked_scatter(mask, each)
         total = each.sum(1)
         return total if self.reduction == "sum" else total / mask.sum(1).clamp_min(1)
