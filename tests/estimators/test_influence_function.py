@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_influence import EKFAC, KFAC, Exact, GradientDot, Identity, InfluenceFunction, RegressionLoss
+from lightning_influence.capture import find_components
+from lightning_influence.errors import NotFittedError, StoreError
+from lightning_influence.store import Store
+from tests import oracles
+from tests.curvature.models import Mixed, loss_of, mlp, normal, points, ready, token_rows
+
+TRAIN, QUERIES = points(15), points(4, seed=3)
+
+
+def flat(model: nn.Module, data: list[Any]) -> Tensor:
+    parameters = dict(model.named_parameters())
+    rows = oracles.example_gradients(parameters, lambda k: loss_of(model, data[k], k), len(data))
+    return torch.cat([value.flatten(1) for value in rows.values()], dim=1)
+
+
+def test_with_the_exact_fisher_it_is_the_definition() -> None:
+    model = mlp()
+    found = InfluenceFunction(model, Exact(fisher="empirical")).fit(TRAIN).score(QUERIES, TRAIN)
+    inverse = oracles.damped_inverse(oracles.fisher(flat(model, TRAIN)))
+    torch.testing.assert_close(found.values, flat(model, QUERIES) @ inverse @ flat(model, TRAIN).T)
+
+
+def test_unit_gradients_are_scaled_before_the_curvature() -> None:
+    model = mlp()
+    found = InfluenceFunction(model, Exact(fisher="empirical"), normalise=True).fit(TRAIN).score(QUERIES, TRAIN)
+    left, right = flat(model, QUERIES), flat(model, TRAIN)
+    inverse = oracles.damped_inverse(oracles.fisher(right))
+    left, right = left / left.norm(dim=1, keepdim=True), right / right.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(found.values, left @ inverse @ right.T)
+
+
+def test_without_curvature_it_is_the_dot_product() -> None:
+    model = ready(Mixed())
+    found = InfluenceFunction(model, Identity()).score(token_rows(4), token_rows(9, seed=2))
+    torch.testing.assert_close(found.values, GradientDot(model).score(token_rows(4), token_rows(9, seed=2)).values)
+
+
+def test_large_damping_is_the_dot_product() -> None:
+    found = InfluenceFunction(mlp(), EKFAC(damping=1e9)).fit(TRAIN).score(QUERIES, TRAIN)
+    torch.testing.assert_close(1e9 * found.values, GradientDot(mlp()).score(QUERIES, TRAIN).values)
+
+
+def test_leaving_an_example_out_of_a_linear_regression() -> None:
+    """With the Gauss-Newton matrix of squared error, I/n is what the query's loss gains by it, to first order."""
+    x, y = normal(200, 3), normal(200, 1, seed=1)
+    model = mlp(nn.Linear(3, 1, bias=False))
+    decay = 1e-3
+
+    def minimiser(kept: Tensor) -> Tensor:
+        return torch.linalg.solve(x[kept].T @ x[kept] / 200 + decay * torch.eye(3), x[kept].T @ y[kept] / 200)[:, 0]
+
+    with torch.no_grad():
+        model[0].weight.copy_(minimiser(torch.arange(200)))
+    # 100 draws of each label bring the sampled Fisher close to its expectation E[x xᵀ].
+    repeated = [(x[k % 200], y[k % 200]) for k in range(20_000)]
+    curvature = Exact(damping=decay).fit(model, repeated, RegressionLoss(), batch_size=4000)
+    query = (normal(3, seed=8), torch.tensor([2.0]).double())  # far off: the first order decides
+    found = InfluenceFunction(model, curvature, RegressionLoss()).score([query], list(zip(x, y, strict=True)))
+    loss = lambda w: 0.5 * (w @ query[0] - query[1][0]) ** 2  # noqa: E731
+    whole = loss(minimiser(torch.arange(200)))
+    changes = torch.stack([loss(minimiser(torch.arange(200) != k)) - whole for k in range(200)])
+    assert torch.corrcoef(torch.stack([changes, found.values[0] / 200]))[0, 1] > 0.999
+    torch.testing.assert_close(found.values[0] / 200, changes, rtol=0.1, atol=float(changes.abs().max()) * 0.05)
+
+
+@pytest.mark.parametrize(
+    ("curvature", "damping"),
+    [
+        (EKFAC(), "0.1 x mean eigenvalue"),
+        (KFAC(damping_share=0.5), "0.5 x mean eigenvalue"),
+        (Exact(damping=1e-3), "0.001"),
+        (Identity(), None),
+    ],
+)
+def test_scores_say_what_they_are(curvature: Any, damping: str | None) -> None:
+    scores = InfluenceFunction(mlp(), curvature).fit(TRAIN).score(QUERIES, TRAIN)
+    assert scores.damping == damping
+    assert scores.formula == f"g_q^T (G + damping)^-1 g_i, G: {type(curvature).__name__}"
+
+
+def test_the_curvature_is_fitted_once() -> None:
+    influence = InfluenceFunction(mlp(), EKFAC(damping=0.1)).fit(TRAIN)
+    before = influence.score(QUERIES, TRAIN).values
+    assert torch.equal(influence.fit(points(3, seed=9)).score(QUERIES, TRAIN).values, before)
+    assert isinstance(InfluenceFunction(mlp()).curvature, EKFAC)
+
+
+def test_before_fitting() -> None:
+    with pytest.raises(NotFittedError, match=r"`InfluenceFunction.score`: EKFAC is not fitted. Call fit\(train\)"):
+        InfluenceFunction(mlp()).score(QUERIES, TRAIN)
+
+
+def test_components_of_a_fitted_curvature_are_taken_over() -> None:
+    model = mlp()
+    curvature = EKFAC().fit(model, TRAIN, components=["2"])
+    influence = InfluenceFunction(model, curvature)
+    assert [c.name for c in influence.components] == ["2"]
+    expected = InfluenceFunction(model, components=["2"]).fit(TRAIN).score(QUERIES, TRAIN)
+    torch.testing.assert_close(influence.score(QUERIES, TRAIN).values, expected.values)
+    with pytest.raises(ValueError, match=r"EKFAC was fitted on 1 components, and only one of the two sides has \['0'"):
+        InfluenceFunction(model, curvature, components="all-linear")
+
+
+def test_an_identity_goes_with_any_model() -> None:
+    identity = Identity()
+    assert InfluenceFunction(mlp(), identity, components=["2"]).score(QUERIES, TRAIN).values.isfinite().all()
+    found = InfluenceFunction(mlp(), identity)
+    assert len(found.components) == 2
+    assert found.score(QUERIES, TRAIN).values.isfinite().all()
+
+
+@pytest.mark.parametrize("components", [None, ["up", "norm"]])
+def test_from_a_store(components: Any, tmp_path: Any) -> None:
+    """In a process that knows the model and the folder only; names such as "0" are no expressions there."""
+    model, data = ready(Mixed()), token_rows()
+    influence = InfluenceFunction(model, EKFAC(seed=3), components=components, normalise=True).fit(data)
+    store = Store.create(tmp_path, model, find_components(model))
+    store.write_curvature("curvature", influence.curvature)
+    for place in (store, str(tmp_path)):
+        found = InfluenceFunction.from_store(model, place, normalise=True)
+        assert found.components == influence.components
+        assert torch.equal(found.score(data, data).values, influence.score(data, data).values)
+
+
+def test_from_the_store_of_another_model(tmp_path: Any) -> None:
+    model = mlp()
+    store = Store.create(tmp_path, model, find_components(model))
+    store.write_curvature("curvature", EKFAC().fit(model, TRAIN))
+    with torch.no_grad():
+        model[0].weight += 1
+    with pytest.raises(StoreError, match="the store belongs to other weights"):
+        InfluenceFunction.from_store(model, store)
+    with pytest.raises(StoreError, match="has no curvature 'last'"):
+        InfluenceFunction.from_store(mlp(), store, "last")
