@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_influence.capture import Component, ExampleLoader, ExampleLoss
 from lightning_influence.capture.component import Select
-from lightning_influence.curvature import Curvature
+from lightning_influence.curvature import EKFAC, Curvature
 from lightning_influence.estimators.group_influence import Interactions
 from lightning_influence.estimators.influence_function import InfluenceFunction
 from lightning_influence.selection.base import SelectionRule
@@ -67,7 +67,7 @@ def select_training_data(
         normalise: Whether gradients are scaled to unit length first, so that neither the length nor the loss of a
             row decides.
         batch_size: Examples per batch; None takes the loader's, or 32.
-        seed: Of sampled labels.
+        seed: Of sampled labels, of the targets and of the default curvature.
         progress: Whether to show progress bars.
 
     Returns:
@@ -87,6 +87,7 @@ def select_training_data(
     _check_options(rule, weight, target_curvature)
     rows, goals = ExampleLoader(pool, batch_size), ExampleLoader(targets, batch_size)
     resolve_budget(budget, rows.num_examples, CALL)
+    curvature = EKFAC(seed=seed) if curvature is None else curvature
     influence = InfluenceFunction(model, curvature, loss, components, normalise=normalise, progress=progress)
     influence.check(goals)
     if target_curvature == "sampled":
@@ -122,12 +123,12 @@ def _saturating(interactions: Interactions, rule: SelectionRule, budget: int) ->
 
 def _usable(rows: ExampleLoader, audit: PoolAudit) -> ExampleLoader:
     """The pool without rows that have no target, after saying what else stands out."""
-    for remark in audit.remarks:
-        warnings.warn(f"{CALL}: {remark}", stacklevel=3)
     left_out = set(audit.unsupervised)
     left = [k for k in rows.ids if k not in left_out]
     if not left:
         raise ValueError(f"{CALL}: no row of the pool has a supervised target; check the label mask.")
+    for remark in audit.remarks:
+        warnings.warn(f"{CALL}: {remark}", stacklevel=3)
     return ExampleLoader(rows, indices=left)
 
 

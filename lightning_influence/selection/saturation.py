@@ -77,7 +77,7 @@ def select_at_saturation(
 def _counted(values: Tensor, budget: int, saturation: float) -> int:
     """Number of picks that can last: all of the budget, unless they fade without any interaction already."""
     best = values.sort(descending=True).values[:budget]
-    fading = min(1.0, 2 * saturation)
+    fading = 1 - (1 - saturation) ** 2  # more than the saturation, so that there is room for interactions
     return budget if _share(-best) >= fading else int((best >= fading * best[0]).sum())
 
 
