@@ -231,3 +231,14 @@ def test_linear_regression(name: str) -> None:
 def test_progress_can_be_switched_off(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     MEMBERS[name](ready(Mixed()), progress=False).score(QUERIES, TRAIN)
     assert re.sub(r"\s", "", capsys.readouterr().err) == ""
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.2)])
+def test_narrow_models_are_scored_in_float32(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    train, queries = points(9), points(3, seed=3)
+    expected = MEMBERS[name](mlp(), train).score(queries, train).values
+    narrow = [[(x.to(dtype), y) for x, y in rows] for rows in (train, queries)]
+    found = MEMBERS[name](mlp().to(dtype), narrow[0]).score(narrow[1], narrow[0]).values
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance * float(expected.abs().max()))

@@ -144,9 +144,7 @@ def test_additive_rules_always_last() -> None:
 @pytest.mark.parametrize("values", [[-1.0, -2.0], [0.0, -1.0]])
 def test_a_pool_that_does_not_help(values: list[float]) -> None:
     interactions = Interactions(torch.tensor(values), torch.ones(2, 1), ids=range(2), weight=0.5)
-    with pytest.raises(
-        ValueError, match=r"no row of the pool is predicted to lower the target loss on its own\."
-    ):
+    with pytest.raises(ValueError, match=r"no row of the pool is predicted to lower the target loss on its own\."):
         saturating_weight(interactions, RULE, 1)
 
 
