@@ -10,9 +10,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_influence import EKFAC, InfluenceFunction, find_components
+from lightning_influence import EKFAC, InfluenceFunction
+from lightning_influence.capture import parameter_gradients
 from tests import oracles
-from tests.curvature.models import Images, Mixed, Tokens, images, mlp, normal, points, ready, texts, token_rows, truth
+from tests.curvature.models import (
+    Images,
+    Mixed,
+    Tokens,
+    images,
+    loss_of,
+    mlp,
+    normal,
+    points,
+    ready,
+    texts,
+    token_rows,
+    truth,
+)
 
 
 @dataclass(frozen=True)
@@ -87,10 +101,19 @@ def test_exact_for_a_single_example() -> None:
         torch.testing.assert_close(curvature.solve(component, gradients).flatten(1), expected)
 
 
-def test_tied_and_unstructured_components_take_part() -> None:
-    model = ready(Mixed())
-    curvature = EKFAC().fit(model, token_rows())
+def test_components_without_kronecker_structure() -> None:
+    """Norm and grouped convolution as they are, tied and embedding weights by their diagonal."""
+    model, data = ready(Mixed()), token_rows(9)
+    curvature = EKFAC(seed=2).fit(model, data, batch_size=4)
     kinds = {name: block.kind for name, block in curvature.blocks.items()}
-    expected = {"up": "kronecker", "head": "kronecker", "norm": "dense", "mixer": "dense", "embedding": "diagonal"}
-    assert kinds == expected
-    assert {c.name for c in find_components(model)} == set(expected)
+    rest = {"norm": "dense", "mixer": "dense", "embedding": "diagonal"}
+    assert kinds == {"up": "kronecker", "head": "kronecker", **rest}
+    for component in (c for c in curvature.components if c.name in rest):
+        own = {name: model.get_parameter(name) for name in component.parameters}
+        found = oracles.example_gradients(own, lambda k: loss_of(model, data[k], k, 2), len(data))
+        matrix = oracles.fisher(torch.cat([found[name].flatten(1) for name in own], dim=1))
+        matrix = matrix.diagonal().diag() if rest[component.name] == "diagonal" else matrix
+        gradients = normal(3, *component.shape)
+        parts = [parameter_gradients(model, component, g) for g in (gradients, curvature.solve(component, gradients))]
+        left, right = (torch.cat([part[name].flatten(1) for name in own], dim=1) for part in parts)
+        torch.testing.assert_close(right, left @ oracles.damped_inverse(matrix), rtol=1e-8, atol=1e-8)
