@@ -107,7 +107,7 @@ def choose(interactions: Interactions, rule: SelectionRule, budget: int, weight:
         number = _saturating(interactions, rule, budget) if isinstance(rule, InteractionGreedy) else sizes["1/k"]
     else:
         number = sizes[weight] if isinstance(weight, str) else float(weight)
-    return interactions.reweighted(number).select(rule, budget)
+    return replace(interactions.reweighted(number).select(rule, budget), weight=number)
 
 
 def _saturating(interactions: Interactions, rule: SelectionRule, budget: int) -> float:

@@ -47,6 +47,8 @@ class Selection:
         rule: The rule that chose, with its settings.
         pool_size: Rows that there were to choose from.
         lower_bound: No k rows of this pool have a lower objective; None when not certified.
+        weight: Weight of one added row in the training objective, which values and features contained; None when the
+            rule was given plain numbers.
     """
 
     ids: tuple[Id, ...]
@@ -59,6 +61,7 @@ class Selection:
     rule: str
     pool_size: int
     lower_bound: float | None = None
+    weight: float | None = None
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -204,7 +204,6 @@ def test_budget_and_rule_of_one_call() -> None:
         selector.select(Net(), budget=0)
 
 
-
 def test_training_after_a_selection_is_that_of_the_same_loader():
     """Selecting draws no random number and leaves the model as it was."""
     data = Data()

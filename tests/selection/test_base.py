@@ -134,6 +134,7 @@ def test_one_row(rule: SelectionRule) -> None:
         "rule": repr(rule),
         "pool_size": 1,
         "lower_bound": None,
+        "weight": None,
     }
 
 

@@ -108,6 +108,7 @@ def test_every_rule_at_every_weight(model: nn.Linear, rule: Any, weight: Any) ->
         number = saturating_weight(interactions, rule, 12) if isinstance(rule, InteractionGreedy) else 1 / 12
     else:
         number = numbers.get(weight, weight)
+    assert selection.weight == pytest.approx(number)
     first_order = -number * interactions.values[list(selection.ids)]
     torch.testing.assert_close(selection.first_order, first_order)
 
