@@ -5,7 +5,7 @@
 GPT-NeoX, 4 layers x 256, vocabulary 8000, sequences of 128 random tokens, 10 queries; all linear layers of the
 blocks (attention and MLP), labels sampled from the model, damping 0.1 x mean eigenvalue. The two take turns;
 medians are printed, and both over a bare forward and backward pass of the same sequences with weight gradients.
-Peak memory is taken in a process of its own for each.
+Peak memory is what a process that runs only one of them adds to what it held after its imports (Linux only).
 
 kronfluence is not a dependency: pip install --no-deps kronfluence accelerate einops einconv opt_einsum
 """
@@ -16,7 +16,6 @@ import argparse
 import copy
 import json
 import logging
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ def timed(work: Callable[[], object]) -> tuple[float, object]:
     return time.perf_counter() - start, result
 
 
-def bare(model: nn.Module, data: Sequences, batch: int) -> None:
+def bare(model: nn.Module, data: Sequences, queries: Sequences, batch: int) -> None:
     """The floor: forward and backward with weight gradients."""
     for k in range(0, len(data), batch):
         tokens = data.tokens[k : k + batch]
@@ -139,13 +139,27 @@ def rival(model: nn.Module, data: Sequences, queries: Sequences, batch: int) -> 
 
 
 def peak_memory(which: str, args: argparse.Namespace) -> float:
-    """Peak resident set of a process that only runs one of them, in MiB."""
+    """What the work adds to the resident set of a process that only runs one of them, in MiB."""
     sizes = [
         f"--{key}={getattr(args, key)}" for key in ("sequences", "batch", "width", "layers", "vocabulary", "length")
     ]
     command = [sys.executable, __file__, f"--only={which}", *sizes]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return float(out.strip().splitlines()[-1])
+
+
+def resident(field: str) -> float:
+    """``VmRSS`` (now) or ``VmHWM`` (highest so far) of this process, in MiB."""
+    status = Path("/proc/self/status").read_text()
+    return float(next(line.split()[1] for line in status.splitlines() if line.startswith(field))) / 1024
+
+
+def added_memory(work: Callable[[], object]) -> float:
+    """Peak over ``work`` above what was held before: the importing of libraries peaks higher than the work does."""
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = resident("VmRSS")
+    work()
+    return resident("VmHWM") - before
 
 
 def arguments() -> argparse.Namespace:
@@ -170,9 +184,9 @@ def rounds(args: argparse.Namespace, model: nn.Module, data: Sequences, queries:
     """Median seconds of each part, and how well the scores agree (labels are sampled independently)."""
     times: dict[str, list[float]] = {}
     agreement = []
-    bare(model, Sequences(args.batch, args.vocabulary, args.length, 3), args.batch)  # warm-up
+    bare(model, Sequences(args.batch, args.vocabulary, args.length, 3), queries, args.batch)  # warm-up
     for turn in range(args.repeats):
-        times.setdefault("bare", []).append(timed(lambda: bare(model, data, args.batch))[0])
+        times.setdefault("bare", []).append(timed(lambda: bare(model, data, queries, args.batch))[0])
         scores = {}
         for name in ("ours", "rival") if turn % 2 == 0 else ("rival", "ours"):
             fit, score, scores[name] = WORKS[name](model, data, queries, args.batch)
@@ -184,7 +198,7 @@ def rounds(args: argparse.Namespace, model: nn.Module, data: Sequences, queries:
     return {key: statistics.median(values) for key, values in times.items()} | {"spearman": statistics.mean(agreement)}
 
 
-WORKS = {"ours": ours, "rival": rival}
+WORKS: dict[str, Callable[..., Any]] = {"ours": ours, "rival": rival, "bare": bare}
 
 
 def main() -> None:
@@ -192,8 +206,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     model, data, queries = build(args)
     if args.only:
-        bare(model, data, args.batch) if args.only == "bare" else WORKS[args.only](model, data, queries, args.batch)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        print(added_memory(lambda: WORKS[args.only](model, data, queries, args.batch)))
         return
     found = rounds(args, model, data, queries)
     memory = {key: peak_memory(key, args) for key in ("ours", "rival", "bare")}

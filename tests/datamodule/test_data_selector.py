@@ -153,7 +153,8 @@ def test_choice_from_a_warm_up_model_is_that_of_the_core():
     expected = select_training_data(model, data.train, numbered(6, seed=3), budget=4, progress=False, **options)
     assert selection is selector.selection
     assert selection.ids == expected.ids
-    assert torch.equal(selection.gains, expected.gains)
+    # the loader's batches are smaller than those of the core: equal up to the rounding of float32 products
+    torch.testing.assert_close(selection.gains, expected.gains, rtol=1e-5, atol=1e-7)
     assert sorted(fit(selector).seen) == rows(data, list(selection.ids))
 
 
