@@ -130,6 +130,8 @@ class FactoredRecord(LayerRecord):
     @full_precision()
     def dot_products(self, other: LayerRecord) -> Tensor:
         """[n, m]: sum over t, t' of (a_t . a'_t')(s_t . s'_t') when positions are few ([SP] A.2)."""
+        if isinstance(other, IndexedRecord | SumRecord):
+            return other.dot_products(self).mT
         if not isinstance(other, FactoredRecord):
             return super().dot_products(other)
         n, t, i, o = self.sizes
@@ -217,6 +219,8 @@ class IndexedRecord(LayerRecord):
     @full_precision()
     def dot_products(self, other: LayerRecord) -> Tensor:
         """[n, m]: over pairs of positions that looked up the same row, when those are few."""
+        if isinstance(other, FactoredRecord):
+            return self._with_factors(other)
         if not isinstance(other, IndexedRecord):
             return super().dot_products(other)
         (_, t, _), (m, u, _) = self.gradients.shape, other.gradients.shape
@@ -227,6 +231,15 @@ class IndexedRecord(LayerRecord):
             same = part.indices.reshape(-1, 1, 1) == other.indices
             inner = torch.einsum("td,mud->tmu", part.gradients[0], other.gradients)
             rows.append((inner * same).sum((0, 2)))
+        return torch.stack(rows)
+
+    def _with_factors(self, other: FactoredRecord) -> Tensor:
+        """[n, m] with the head of a tied embedding: sum over t, t' of s'_t'[index_t] (a'_t' . g_t)."""
+        m, u, v = other.gradients.shape
+        rows = []
+        for part in (self.narrow(k, k + 1) for k in range(len(self))):
+            inner = torch.einsum("td,mud->mut", part.gradients[0], other.inputs)
+            rows.append((inner * other.gradients.reshape(m * u, v)[:, part.indices[0]].reshape(inner.shape)).sum((1, 2)))
         return torch.stack(rows)
 
     @full_precision()
@@ -298,6 +311,16 @@ class SumRecord(LayerRecord):
     def contract(self, gradients: Tensor) -> Tensor:
         """Linear, so part by part."""
         return torch.stack([part.contract(gradients) for part in self.parts]).sum(0)
+
+    def dot_products(self, other: LayerRecord) -> Tensor:
+        """Linear in both, so part by part: a table of the vocabulary's size is not formed for it."""
+        rights = other.parts if isinstance(other, SumRecord) else (other,)
+        return torch.stack([left.dot_products(right) for left in self.parts for right in rights]).sum(0)
+
+    def squared_norms(self) -> Tensor:
+        """[n], example by example."""
+        alone = (self.narrow(k, k + 1) for k in range(len(self)))
+        return torch.cat([one.dot_products(one)[0] for one in alone])
 
 
 def merged(records: Sequence[LayerRecord]) -> LayerRecord:
