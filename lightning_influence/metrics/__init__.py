@@ -3,5 +3,22 @@
 from __future__ import annotations
 
 from lightning_influence.metrics.class_entropy import ClassEntropy, class_entropy
+from lightning_influence.metrics.retrieval import (
+    RetrievalAccuracy,
+    mean_reciprocal_rank,
+    pessimistic_inputs,
+    recall_at_k,
+    retrieval_accuracy,
+    retrieval_ranks,
+)
 
-__all__ = ["ClassEntropy", "class_entropy"]
+__all__ = [
+    "ClassEntropy",
+    "RetrievalAccuracy",
+    "class_entropy",
+    "mean_reciprocal_rank",
+    "pessimistic_inputs",
+    "recall_at_k",
+    "retrieval_accuracy",
+    "retrieval_ranks",
+]
