@@ -75,8 +75,9 @@ def select_training_data(
         when ``normalise``); ``positions`` are those in the whole pool, like the ids.
 
     Raises:
-        ValueError: If an argument does not fit, or a target has nothing supervised or a loss that is not finite,
-            before any pass over the pool; if the loss of a pool row is not finite.
+        ValueError: If an argument does not fit, or a target has nothing supervised or a loss that is not finite, or a
+            pool row holds a number that makes its loss so, before any pass over the pool; if the loss of another
+            pool row is not finite.
         UnsupportedLayerError: If the model has no component.
 
     Warns:
@@ -90,9 +91,13 @@ def select_training_data(
     curvature = EKFAC(seed=seed) if curvature is None else curvature
     influence = InfluenceFunction(model, curvature, loss, components, normalise=normalise, progress=progress)
     influence.check(goals)
-    if target_curvature == "sampled":
+    if "sampled" in (target_curvature, None if curvature.fitted else curvature.fisher):
         influence.check(ExampleLoader(goals, indices=goals.ids[:1]), labels="sampled")
-    rows = _usable(rows, audit_pool(model, rows, goals, loss, progress))
+    audit = audit_pool(model, rows, goals, loss, progress)
+    rows = _usable(rows, audit)
+    suspects = sorted(set(audit.suspects) & set(rows.ids))
+    if suspects:
+        influence.check(ExampleLoader(rows, indices=suspects))
     k = resolve_budget(budget, rows.num_examples, CALL)
     scores = influence.fit(rows).score(goals, rows)
     fisher = influence.score(goals, rows, labels="sampled", seed=seed) if target_curvature == "sampled" else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,12 +27,14 @@ class PoolAudit:
         unsupervised: Rows without any target.
         duplicates: Rows that repeat an earlier one.
         leaked: Rows that are also in the target set.
+        suspects: Rows with a number that is not finite, whose loss may be none.
     """
 
     size: int
     unsupervised: tuple[int, ...]
     duplicates: tuple[int, ...]
     leaked: tuple[int, ...]
+    suspects: tuple[int, ...] = ()
 
     @property
     def remarks(self) -> list[str]:
@@ -58,10 +61,14 @@ def audit_pool(
     unsupervised: list[int] = []
     duplicates: list[int] = []
     leaked: list[int] = []
+    suspects: list[int] = []
     for ids, batch in tqdm(pool, desc="checking the pool", delay=3, leave=False, disable=not progress):
         unsupervised += ids[found.supervised(batch).cpu() == 0].tolist()
         for k in ids.tolist():
-            digest = _digest(pool.dataset[k])
+            row = pool.dataset[k]
+            if not all(map(_finite, leaves(row))):
+                suspects.append(k)
+            digest = _digest(row)
             if digest is None:
                 continue
             if digest in seen:
@@ -69,7 +76,8 @@ def audit_pool(
             if digest in goals:
                 leaked.append(k)
             seen.add(digest)
-    return PoolAudit(pool.num_examples, tuple(unsupervised), tuple(duplicates), tuple(leaked))
+    found_rows = (unsupervised, duplicates, leaked, suspects)
+    return PoolAudit(pool.num_examples, *map(tuple, found_rows))
 
 
 def _digest(row: Any) -> str | None:
@@ -81,6 +89,16 @@ def _digest(row: Any) -> str | None:
             return None
         hashed.update(len(described).to_bytes(8, "big") + described)  # so that 1, 23 is not 12, 3
     return hashed.hexdigest()
+
+
+def _finite(leaf: Any) -> bool:
+    """False for a number that is not; what is no number is not looked at."""
+    if isinstance(leaf, Tensor):
+        return bool(torch.isfinite(leaf).all())
+    if hasattr(leaf, "__array_interface__"):
+        array = np.asarray(leaf)
+        return array.dtype.kind not in "fc" or bool(np.isfinite(array).all())
+    return not isinstance(leaf, float) or math.isfinite(leaf)
 
 
 def _described(leaf: Any) -> bytes | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import EKFAC, KFAC, Exact, Identity, InfluenceFunction, Interactions, UnsupportedLayerError
+from lightning_influence.capture import FunctionLoss
 from lightning_influence.selection import InteractionGreedy, Random, TopK
 from lightning_influence.selection.pipeline import choose, select_training_data
 from lightning_influence.selection.saturation import saturating_weight
@@ -234,6 +235,8 @@ def test_a_loss_that_cannot_sample_is_found_before_the_pool_is_read(model: nn.Li
     options: dict[str, Any] = {"loss": losses, "curvature": EKFAC(fisher="empirical")}
     with pytest.raises(ValueError, match=r"loss=losses: a function of .* cannot sample labels"):
         selected(model, 2, Unread(), target_curvature="sampled", **options)
+    with pytest.raises(ValueError, match=r"loss=losses: a function of .* cannot sample labels"):
+        selected(model, 2, Unread(), loss=losses)  # the default curvature samples
     assert selected(model, 5, **options).ids == selected(model, 5, curvature=EKFAC(fisher="empirical")).ids
 
 
@@ -249,8 +252,46 @@ def test_a_model_without_components() -> None:
 
 
 def test_a_pool_row_whose_loss_is_not_finite_is_named(model: nn.Linear) -> None:
-    x = X.clone()
-    x[33] = torch.inf
+    def losses(model: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none") / batch[2]
+
+    lengths = torch.ones(len(X), dtype=torch.int64)
+    options: dict[str, Any] = {"loss": losses, "curvature": EKFAC(fisher="empirical")}
+    targets = TensorDataset(*TARGETS.tensors, lengths[:40])
+    assert selected(model, pool=TensorDataset(X, Y, lengths), targets=targets, **options).budget == 20
+    lengths[33] = 0  # the row itself holds nothing odd
     with pytest.raises(ValueError, match=r"is not finite \(ids \[33\]\)"):
+        selected(model, pool=TensorDataset(X, Y, lengths), targets=targets, **options)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_pool_row_of_no_numbers_is_named_before_any_pass(
+    model: nn.Linear, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(InfluenceFunction, "fit", lambda *_: pytest.fail("a pass over the pool has begun"))
+    x = X.clone()
+    x[3, 1] = x[101] = value
+    with pytest.raises(ValueError, match=r"the loss of 2 of 2 examples is not finite \(ids \[3, 101\]\)"):
         selected(model, pool=TensorDataset(x, Y))
-    assert selected(model).budget == 20
+
+
+def test_numbers_that_are_not_finite_may_do_no_harm(model: nn.Linear) -> None:
+    """A mask of minus infinities, a note that is NaN: what counts is the loss."""
+    note = torch.where(torch.arange(len(X)) == 7, torch.nan, 0.0)
+    y = torch.where(torch.arange(len(X)) == 9, -100, Y)
+    x = X.clone()
+    x[9] = torch.nan  # has no target, and is left out
+    zero, targets = torch.zeros(len(X)), TensorDataset(*TARGETS.tensors, torch.zeros(40))
+
+    def losses(model: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    class Masked(FunctionLoss):
+        def supervised(self, batch: Any) -> Tensor:
+            return (batch[1] >= 0).long()
+
+    options: dict[str, Any] = {"loss": Masked(losses), "curvature": EKFAC(fisher="empirical"), "targets": targets}
+    with pytest.warns(UserWarning, match="no supervised target"):
+        noted = selected(model, pool=TensorDataset(x, y, note), **options)
+    with pytest.warns(UserWarning, match="no supervised target"):
+        assert noted.ids == selected(model, pool=TensorDataset(x, y, zero), **options).ids

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import default_collate
 
 from lightning_influence.capture import ExampleLoader
 from lightning_influence.selection.pool_audit import PoolAudit, audit_pool
@@ -39,6 +40,33 @@ def test_everything_is_found() -> None:
         "1 of 9 pool rows repeat an earlier row; interactions discount them, additive rules do not (ids [5]).",
         "1 of 9 pool rows also stand in the target set, so the selection may only memorise the target (ids [8]).",
     ]
+
+
+@pytest.mark.parametrize(
+    ("leaf", "suspect"),
+    [
+        (torch.tensor([1.0, torch.nan]), True),
+        (torch.tensor([1, 2]), False),
+        (np.array([np.inf]), True),
+        (np.array(["nan"]), False),
+        (np.array([2]), False),
+        (float("nan"), True),
+        (1.0, False),
+        (3, False),
+        ("nan", False),
+        (None, False),
+    ],
+)
+def test_numbers_that_are_none_make_a_row_suspect(leaf: Any, suspect: bool) -> None:
+    pool = ExampleLoader([(*row, leaf) for row in points(3)], 4, collate_fn=pairs)
+    found = audit_pool(mlp(), pool, ExampleLoader(points(2, seed=5)), progress=False)
+    assert found.suspects == ((0, 1, 2) if suspect else ())
+    assert not any("suspect" in remark for remark in found.remarks)
+
+
+def pairs(rows: list[Any]) -> Any:
+    """The inputs and labels of the rows, without what else they hold."""
+    return default_collate([row[:2] for row in rows])
 
 
 def test_many_ids_are_cut() -> None:
