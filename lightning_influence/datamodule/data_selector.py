@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from pathlib import Path
 from typing import Any, overload
 
@@ -14,11 +14,13 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_influence.capture.component import find_components
 from lightning_influence.capture.data_fingerprint import data_fingerprint
+from lightning_influence.capture.examples import ExampleLoader
 from lightning_influence.capture.guard import unchanged
 from lightning_influence.capture.losses import Batch, ExampleLoss
 from lightning_influence.curvature import Curvature
 from lightning_influence.datamodule.wrapper import DataModuleWrapper, PlainData, is_datamodule, overrides
 from lightning_influence.selection import Selection, SelectionRule, check_budget
+from lightning_influence.selection.budget import resolve_budget
 from lightning_influence.selection.pipeline import TargetCurvature, Weight, select_training_data
 from lightning_influence.selection.selected_loader import selected_loader, subset
 from lightning_influence.store import Store
@@ -50,6 +52,7 @@ class DataSelector(DataModuleWrapper):
         data: The pool: a LightningDataModule whose ``train_dataloader`` gives one DataLoader, a DataLoader, or a
             map-style dataset (torch or Hugging Face ``datasets``).
         targets: DataLoader or dataset of the examples whose mean loss shall fall; None takes the validation data.
+            A dataset is put into batches as the pool is.
         budget: Rows to select as an int, or a share of the pool in (0, 1]; needed for ``select(model)``.
         rule: None for ``InteractionGreedy()``.
         curvature: None for ``EKFAC()``.
@@ -94,7 +97,7 @@ class DataSelector(DataModuleWrapper):
         if val is not None and is_datamodule(data):
             raise ValueError("`DataSelector(val=...)`: the datamodule has its own validation data; leave `val` out.")
         super().__init__(data if is_datamodule(data) else PlainData(data, val, settings))
-        self._targets = targets
+        self._targets = None if targets is None else _checked_targets(targets)
         self._budget = None if budget is None else check_budget(budget, "DataSelector")
         self._options: dict[str, Any] = {
             "rule": rule,
@@ -111,6 +114,8 @@ class DataSelector(DataModuleWrapper):
         self._selection: Selection | None = None
         self._fingerprint: str | None = None
         self._is_set_up = self._inner is not data
+        if self._is_set_up:
+            self._check_size(self._inner.train_dataloader())
         if isinstance(selection, str | os.PathLike):
             self._file = os.fspath(selection)
         elif selection is not None:
@@ -136,6 +141,7 @@ class DataSelector(DataModuleWrapper):
         *,
         budget: int | float | None = None,
         rule: SelectionRule | None = None,
+        loss: ExampleLoss | Callable[[nn.Module, Batch], Tensor] | None = None,
         store: str | os.PathLike[str] | None = None,
         batch_size: int | None = None,
         seed: int = 0,
@@ -152,6 +158,7 @@ class DataSelector(DataModuleWrapper):
         *,
         budget: int | float | None = None,
         rule: SelectionRule | None = None,
+        loss: ExampleLoss | Callable[[nn.Module, Batch], Tensor] | None = None,
         store: str | os.PathLike[str] | None = None,
         batch_size: int | None = None,
         seed: int = 0,
@@ -165,6 +172,8 @@ class DataSelector(DataModuleWrapper):
             ids: Positions chosen elsewhere, instead of a model.
             budget: Instead of the selector's own.
             rule: Instead of the selector's own.
+            loss: Instead of the selector's own. Where a recorder fell back to ``training_step``, which is not run
+                here, pass the loss that it found and tried out: ``recorder.settled_loss``.
             store: Folder of a recording of `CurvatureRecorder`, whose factors are used instead of fitting new
                 ones; it must be of the weights the model has now.
             batch_size: Examples per batch of the passes; None takes the loader's.
@@ -186,7 +195,8 @@ class DataSelector(DataModuleWrapper):
         budget = self._budget if budget is None else check_budget(budget, "DataSelector.select")
         if budget is None:
             raise ValueError("`DataSelector(budget=None)`: expected an int >= 1 or a fraction in (0, 1] to select.")
-        options = self._options | ({} if rule is None else {"rule": rule})
+        given = {"rule": rule, "loss": loss}
+        options = self._options | {name: value for name, value in given.items() if value is not None}
         if store is not None:
             options["curvature"] = _recorded_curvature(store, model, options["components"])
         pool = self.pool_dataloader()
@@ -194,7 +204,7 @@ class DataSelector(DataModuleWrapper):
             selection = select_training_data(
                 model,
                 pool,
-                self._target_data(),
+                self._target_data(pool),
                 budget=budget,
                 batch_size=batch_size,
                 seed=seed,
@@ -260,9 +270,18 @@ class DataSelector(DataModuleWrapper):
             )
         return loader
 
-    def _target_data(self) -> Any:
-        if self._targets is not None:
+    def _check_size(self, loader: Any) -> None:
+        """A budget that the pool does not have is told before the warm-up, not after it."""
+        dataset: Any = loader.dataset if isinstance(loader, DataLoader) else None
+        if self._budget is not None and isinstance(dataset, Sized) and not isinstance(dataset, IterableDataset):
+            resolve_budget(self._budget, len(dataset), "DataSelector")
+
+    def _target_data(self, pool: DataLoader[Any]) -> Any:
+        if isinstance(self._targets, DataLoader):
             return self._targets
+        if self._targets is not None:
+            like = ExampleLoader(pool)
+            return ExampleLoader(self._targets, like.batch_size, like.collate_fn)
         loader = self._inner.val_dataloader() if overrides(self._inner, "val_dataloader") else None
         if isinstance(loader, list | tuple) and len(loader) == 1:
             loader = loader[0]
@@ -286,7 +305,9 @@ class DataSelector(DataModuleWrapper):
     def train_dataloader(self) -> Any:
         """The pool's loader as it is, or one like it over the selected rows."""
         if self._positions is None:
-            return self._inner.train_dataloader()
+            whole = self._inner.train_dataloader()
+            self._check_size(whole)
+            return whole
         loader = self.pool_dataloader()
         self._check_pool(loader)
         positions = sorted(self._positions)
@@ -346,6 +367,15 @@ class DataSelector(DataModuleWrapper):
     def _restore(self, chosen: dict[str, Any]) -> Selection | None:
         selection = None if chosen["selection"] is None else Selection.from_dict(chosen["selection"])
         return self._use(list(chosen["positions"]), selection, chosen["fingerprint"])
+
+
+def _checked_targets(targets: Any) -> Any:
+    """As they are, if they have rows with positions."""
+    try:
+        ExampleLoader(targets)
+    except ValueError as error:
+        raise ValueError(f"`DataSelector(targets={type(targets).__name__})`: {error}") from error
+    return targets
 
 
 def _as_positions(selection: Selection) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sized
 from types import MethodType
 from typing import Any
 
@@ -131,6 +132,9 @@ class PlainData(LightningDataModule):
 
 
 def _as_loader(data: Any, argument: str, *, shuffle: bool, settings: dict[str, Any]) -> DataLoader[Any]:
+    dataset = data.dataset if isinstance(data, DataLoader) else data
+    if isinstance(dataset, Sized) and not isinstance(dataset, IterableDataset) and len(dataset) == 0:
+        raise ValueError(f"`DataSelector({argument}={type(data).__name__})`: expected at least one example.")
     if isinstance(data, DataLoader):
         return data
     if isinstance(data, IterableDataset) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
@@ -138,8 +142,6 @@ def _as_loader(data: Any, argument: str, *, shuffle: bool, settings: dict[str, A
             f"`DataSelector({argument}={type(data).__name__})`: expected a LightningDataModule, a DataLoader or a "
             "map-style dataset with __len__ and __getitem__."
         )
-    if len(data) == 0:
-        raise ValueError(f"`DataSelector({argument}={type(data).__name__})`: expected at least one example.")
     return DataLoader(data, shuffle=shuffle, **settings)
 
 

@@ -10,8 +10,9 @@ import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
+from lightning_influence.callbacks import CurvatureRecorder
 from lightning_influence.capture import FunctionLoss
 from lightning_influence.curvature import EKFAC, Identity
 from lightning_influence.datamodule import DataSelector
@@ -20,7 +21,7 @@ from lightning_influence.estimators.influence_function import InfluenceFunction
 from lightning_influence.selection import InteractionGreedy, Random, Selection, TopK
 from lightning_influence.selection.pipeline import select_training_data
 from lightning_influence.store import Store
-from tests.datamodule.toys import Data, Net, TrainOnly, fit, numbered, numbers, trainer
+from tests.datamodule.toys import Data, Net, fit, numbered, numbers, trainer
 
 NO_VALIDATION = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 
@@ -183,6 +184,41 @@ def test_rows_without_a_target_do_not_shift_the_positions():
     assert min(selector.selected_ids) >= 5
 
 
+def test_targets_come_in_batches_as_the_pool_does():
+    def shifted(rows):
+        x, y = default_collate(rows)
+        return x + 1, y
+
+    pool, targets = DataLoader(numbered(), 4, collate_fn=shifted), numbered(6, seed=3)
+    found = select(DataSelector(pool, targets, budget=5))
+    same = select(DataSelector(pool, DataLoader(targets, 4, collate_fn=shifted), budget=5))
+    assert torch.equal(found.gains, same.gains)
+    assert not torch.equal(found.gains, select(DataSelector(pool, DataLoader(targets, 4), budget=5)).gains)
+
+
+@NO_VALIDATION
+def test_a_loss_that_a_recorder_has_found(tmp_path):
+    """Batches that fit no known loss: the recorder tries out what training_step returns."""
+
+    class Named(Net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch["x"], batch["y"]), batch_idx)
+
+    data = [{"x": x, "y": y} for x, y in numbered(30)]
+    recorder = CurvatureRecorder(EKFAC(fisher="empirical"), dirpath=str(tmp_path))
+    selector = DataSelector(data[:24], data[24:], budget=3, batch_size=4)
+    model = Named()
+    trainer(callbacks=[recorder]).fit(model, datamodule=selector)
+    store = recorder.records[-1].path
+    with pytest.raises(ValueError, match=r"no per-example loss is known for a batch of type dict.*or pass loss="):
+        select(selector, model, store=store)
+    found = select(selector, model, store=store, loss=recorder.settled_loss)
+    rows = list(numbered(30))
+    expected = select(DataSelector(rows[:24], rows[24:], budget=3, batch_size=4), model, store=store)
+    assert found.ids == expected.ids
+    torch.testing.assert_close(found.gains, expected.gains)
+
+
 def test_validation_data_are_the_targets_by_default():
     data = Data()
     selector = DataSelector(data, budget=3)
@@ -327,74 +363,3 @@ def test_state_of_a_plain_datamodule_is_not_found(tmp_path):
     selector = DataSelector(Data())
     fit(selector, ckpt_path=str(tmp_path / "end.ckpt"), max_epochs=2)
     assert selector._inner.count == 0
-
-
-# -- refusals
-
-
-def test_unseeded_split_is_noticed():
-    selector = DataSelector(Data(seeded=False), budget=3)
-    select(selector)
-    with pytest.raises(ValueError, match=r"is not the pool the selection was made in.*seed `random_split`"):
-        fit(selector)
-
-
-def test_positions_outside_the_pool():
-    with pytest.raises(ValueError, match=r"the training data \(16 examples"):
-        fit(DataSelector(Data(), selection=[3, 16]))
-
-
-@pytest.mark.parametrize("ids", [[], [1, 1], [-1]])
-def test_ids_that_are_none(ids):
-    with pytest.raises(ValueError, match="expected at least one position, none twice, all >= 0"):
-        DataSelector(Data()).select(ids=ids)
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        yield from numbered()
-
-
-@NO_VALIDATION
-@pytest.mark.parametrize(
-    ("loader", "message"),
-    [
-        ({"a": DataLoader(numbered())}, "gives a dict; expected one DataLoader"),
-        ([DataLoader(numbered())], "gives a list; expected one DataLoader"),
-        (DataLoader(Stream(), batch_size=2), "Stream is iterable and has no positions"),
-        (DataLoader(numbered(), batch_size=None), "Pass `loader_fn=`"),
-    ],
-)
-def test_loaders_without_positions(loader, message):
-    with pytest.raises(ValueError, match=message):
-        fit(DataSelector(TrainOnly(loader), selection=[0]))
-
-
-@pytest.mark.parametrize("budget", [0, -1, 1.5, True, "all"])
-def test_budget_is_checked_at_once(budget):
-    with pytest.raises(ValueError, match=r"`DataSelector\(budget=.*\)`: expected an int >= 1 or a fraction"):
-        DataSelector(Data(), budget=budget)
-
-
-def test_what_select_needs():
-    selector = DataSelector(Data())
-    with pytest.raises(ValueError, match="expected a model, or `ids=`, and not both"):
-        selector.select()
-    with pytest.raises(ValueError, match=r"`DataSelector\(budget=None\)`: expected an int >= 1"):
-        selector.select(Net())
-    plain = DataSelector(numbered(), budget=2)
-    with pytest.raises(ValueError, match=r"`DataSelector\(targets=None\)`: the data has no single validation loader"):
-        plain.select(Net())
-    with pytest.raises(ValueError, match=r"`DataSelector\(val=...\)`: the datamodule has its own"):
-        DataSelector(Data(), val=numbered())
-
-
-def test_a_second_fit_with_the_same_trainer_trains_nothing():
-    """A Trainer counts epochs across fits: a known limit, said in the documentation."""
-    running, model = trainer(), Net()
-    selector = DataSelector(Data())
-    running.fit(model, datamodule=selector)
-    selector.select(ids=[1])
-    model.seen.clear()
-    running.fit(model, datamodule=selector)
-    assert model.seen == []

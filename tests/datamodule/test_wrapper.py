@@ -112,6 +112,8 @@ def test_other_things_are_refused(bad):
 def test_empty_data_is_refused():
     with pytest.raises(ValueError, match=r"`DataSelector\(val=list\)`: expected at least one example"):
         PlainData(numbered(), [], SETTINGS)
+    with pytest.raises(ValueError, match=r"`DataSelector\(data=DataLoader\)`: expected at least one example"):
+        PlainData(DataLoader([]), None, SETTINGS)
 
 
 # -- pytorch_lightning

@@ -1,0 +1,109 @@
+"""What a DataSelector refuses, and when: before the warm-up where it can be known then."""
+
+from __future__ import annotations
+
+import pytest
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_influence.datamodule import DataSelector
+from tests.datamodule.test_data_selector import NO_VALIDATION, select
+from tests.datamodule.toys import Data, Net, TrainOnly, fit, numbered, trainer
+
+
+def test_unseeded_split_is_noticed():
+    selector = DataSelector(Data(seeded=False), budget=3)
+    select(selector)
+    with pytest.raises(ValueError, match=r"is not the pool the selection was made in.*seed `random_split`"):
+        fit(selector)
+
+
+def test_positions_outside_the_pool():
+    with pytest.raises(ValueError, match=r"the training data \(16 examples"):
+        fit(DataSelector(Data(), selection=[3, 16]))
+
+
+@pytest.mark.parametrize("ids", [[], [1, 1], [-1]])
+def test_ids_that_are_none(ids):
+    with pytest.raises(ValueError, match="expected at least one position, none twice, all >= 0"):
+        DataSelector(Data()).select(ids=ids)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield from numbered()
+
+
+@NO_VALIDATION
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        ({"a": DataLoader(numbered())}, "gives a dict; expected one DataLoader"),
+        ([DataLoader(numbered())], "gives a list; expected one DataLoader"),
+        (DataLoader(Stream(), batch_size=2), "Stream is iterable and has no positions"),
+        (DataLoader(numbered(), batch_size=None), "Pass `loader_fn=`"),
+    ],
+)
+def test_loaders_without_positions(loader, message):
+    with pytest.raises(ValueError, match=message):
+        fit(DataSelector(TrainOnly(loader), selection=[0]))
+
+
+@pytest.mark.parametrize("budget", [0, -1, 1.5, True, "all"])
+def test_budget_is_checked_at_once(budget):
+    with pytest.raises(ValueError, match=r"`DataSelector\(budget=.*\)`: expected an int >= 1 or a fraction"):
+        DataSelector(Data(), budget=budget)
+
+
+@NO_VALIDATION
+def test_a_budget_above_the_pool_is_refused_before_the_warm_up():
+    message = r"`DataSelector\(budget={}\)`: .*The pool has {} rows"
+    for pool in (numbered(), DataLoader(numbered(), batch_size=4)):
+        with pytest.raises(ValueError, match=message.format(25, 24)):
+            DataSelector(pool, numbered(6), budget=25)
+    model, selector = Net(), DataSelector(Data(), budget=17)  # how many there are is known after setup
+    with pytest.raises(ValueError, match=message.format(17, 16)):
+        fit(selector, model)
+    assert model.seen == []
+    fit(DataSelector(TrainOnly({"a": DataLoader(numbered())}), budget=99), Unasked())  # no pool: told by select
+
+
+class Unasked(Net):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch["a"], batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ([], "the data is empty; expected at least one example"),
+        (DataLoader([]), "the data is empty; expected at least one example"),
+        (Stream(), "Expected a map-style dataset"),
+    ],
+)
+def test_targets_without_rows_are_refused_at_once(targets, message):
+    with pytest.raises(ValueError, match=rf"`DataSelector\(targets={type(targets).__name__}\)`: .*{message}"):
+        DataSelector(Data(), targets, budget=3)
+
+
+def test_what_select_needs():
+    selector = DataSelector(Data())
+    with pytest.raises(ValueError, match="expected a model, or `ids=`, and not both"):
+        selector.select()
+    with pytest.raises(ValueError, match=r"`DataSelector\(budget=None\)`: expected an int >= 1"):
+        selector.select(Net())
+    plain = DataSelector(numbered(), budget=2)
+    with pytest.raises(ValueError, match=r"`DataSelector\(targets=None\)`: the data has no single validation loader"):
+        plain.select(Net())
+    with pytest.raises(ValueError, match=r"`DataSelector\(val=...\)`: the datamodule has its own"):
+        DataSelector(Data(), val=numbered())
+
+
+def test_a_second_fit_with_the_same_trainer_trains_nothing():
+    """A Trainer counts epochs across fits: a known limit, said in the documentation."""
+    running, model = trainer(), Net()
+    selector = DataSelector(Data())
+    running.fit(model, datamodule=selector)
+    selector.select(ids=[1])
+    model.seen.clear()
+    running.fit(model, datamodule=selector)
+    assert model.seen == []
