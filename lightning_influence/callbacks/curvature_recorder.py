@@ -76,9 +76,12 @@ class CurvatureRecorder(Recorder):
             recording.progress(curvature.num_passes * len(train)) as advance,
         ):
             curvature.start(capture.components)
-            examples = recording.examples(train, indices=recording.shard(self._usable), advance=advance)
+            own = self._usable[recording.trainer.global_rank :: recording.trainer.world_size]
+            examples = recording.examples(train, indices=own or self._usable[:1], advance=advance)
             for _ in range(curvature.num_passes):
                 recording.on_each_rank(lambda: _observe(curvature, capture, examples, loss))
+                if not own:  # more ranks than examples: this one has to add sums of the same shapes, but nothing
+                    _clear(curvature)
                 recording.sum_over_ranks(curvature.partial())
                 curvature.finish_pass()
         if recording.is_writer:
@@ -111,6 +114,11 @@ def _twin(curvature: Curvature) -> Curvature:
 def _observe(curvature: Curvature, capture: GradientCapture, examples: ExampleLoader, loss: ExampleLoss) -> None:
     for ids, batch in examples:
         curvature.observe(capture, ids, batch, loss)
+
+
+def _clear(curvature: Curvature) -> None:
+    for total in curvature.partial().values():
+        total.zero_()
 
 
 def _supervised(examples: ExampleLoader, loss: ExampleLoss) -> list[int]:

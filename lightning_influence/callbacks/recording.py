@@ -199,4 +199,5 @@ class PrecisionLoss(ExampleLoss):
 
 
 def _at_least_float(losses: Tensor) -> Tensor:
-    return losses if losses.dtype == torch.float64 else losses.float()
+    """In float32 or float64; what is no tensor goes on to the capture, which refuses it in words."""
+    return losses if getattr(losses, "dtype", torch.float64) == torch.float64 else losses.float()

@@ -125,3 +125,29 @@ def test_two_ranks_record_what_one_does(curvature, tmp_path):
     gradients = {c.name: torch.randn(2, *c.shape) for c in one.components}
     for name, solved in one.precondition(gradients).items():
         torch.testing.assert_close(solved, two.precondition(gradients)[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+@pytest.mark.parametrize("curvature", [EKFAC(damping=0.1), Exact(damping=0.1)])
+def test_a_rank_without_an_example_adds_nothing(curvature, tmp_path):
+    found = []
+    for name, settings in (("one", {}), ("three", {"devices": 3, "strategy": "ddp_fork"})):
+        seed_everything(1, verbose=False)
+        recorder = CurvatureRecorder(curvature, components=LINEAR, train=data(2))
+        model = Toy(lr=0.0)
+        model.net[1].momentum = 0.0
+        trainer(tmp_path / name, [recorder], max_epochs=1, **settings).fit(model, loader(12))
+        [record] = find_records(next((tmp_path / name).rglob("curvature")))
+        found.append(Store.open(record.path).read_curvature("curvature"))
+    one, three = found
+    gradients = {c.name: torch.randn(2, *c.shape) for c in one.components}
+    for name, solved in one.precondition(gradients).items():
+        torch.testing.assert_close(solved, three.precondition(gradients)[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("answer", [None, 3.0])
+def test_a_loss_that_is_no_tensor_is_refused_before_training(answer, tmp_path):
+    recorder = CurvatureRecorder(EKFAC(fisher="empirical"), loss=lambda model, batch: answer, components=LINEAR)
+    with pytest.raises(ValueError, match=rf"has shape {type(answer).__name__}; expected one loss per example"):
+        run(tmp_path, [recorder])
+    assert not list(tmp_path.rglob("*.ckpt"))
