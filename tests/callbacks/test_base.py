@@ -83,6 +83,14 @@ def test_the_loops_own_loader_is_never_iterated(tmp_path):
     assert steps(recorder) == list(range(1, 9))
 
 
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_all_examples_are_recorded_whatever_the_loop_visits(tmp_path):
+    recorder = NormRecorder(when="fit_end")
+    trainer(tmp_path, [recorder], limit_train_batches=1, max_epochs=1).fit(Toy(), loader(16, drop_last=True))
+    [record] = recorder.records
+    assert sorted(toys.read_norms(record.path)) == list(range(16))
+
+
 def test_gradients_are_those_of_the_saved_weights(tmp_path):
     """Against an autograd loop on the model as loaded from the file."""
     recorder = NormRecorder(when="checkpoint")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
     Callback,
     Checkpoint,
     EMAWeightAveraging,
@@ -19,9 +20,10 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from torch.utils.data import DataLoader
 
 from lightning_influence.callbacks.checkpoint_watch import CheckpointWatch, checkpoint_files
-from tests.callbacks.toys import Manual, Toy, loader, trainer
+from tests.callbacks.toys import Manual, Toy, data, loader, trainer
 
 
 class Watching(Callback):
@@ -209,6 +211,33 @@ def test_every_save_is_seen_once(case, tmp_path):
     assert watching.steps == case.steps
     assert all(same == case.same for same in watching.same)
     assert {path for path in watching.paths if path} <= {path for _, path in real}
+
+
+class Sized(Toy):
+    """Has a batch size that can be searched for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch_size = 2
+
+    def train_dataloader(self):
+        return DataLoader(data(16), batch_size=self.batch_size)
+
+    def val_dataloader(self):
+        return loader(8, 2)
+
+
+def test_the_search_for_a_batch_size_does_not_count(tmp_path):
+    watching = Watching()
+    finder = BatchSizeFinder(steps_per_trial=1, init_val=2, max_trials=2)
+    running = trainer(tmp_path, [watching, finder, *savers()(tmp_path)])
+    written, save = [], running.save_checkpoint
+    running.save_checkpoint = lambda path, *args, **kwargs: (written.append(str(path)), save(path, *args, **kwargs))
+    model = Sized()
+    running.fit(model)
+    assert model.batch_size == 4
+    assert any("scale_batch_size" in path for path in written)
+    assert watching.steps == [4, 8]
 
 
 def test_path_is_the_file_of_the_step_and_not_last(tmp_path):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_influence.callbacks.records import find_records
 from tests.callbacks import toys
@@ -33,11 +35,11 @@ class Witness(Callback):
         torch.save(torch.rand(3), self.folder / f"random{trainer.global_rank}.pt")
 
 
-def fit_on_two_ranks(folder: Path, callbacks: list[Callback]) -> Toy:
+def fit_on_two_ranks(folder: Path, callbacks: list[Callback], strategy: Any = "ddp_fork") -> Toy:
     folder.mkdir()
     seed_everything(0, verbose=False)
     model = Toy()
-    settings = {"devices": 2, "strategy": "ddp_fork", "max_epochs": 1, "limit_val_batches": 0}
+    settings = {"devices": 2, "strategy": strategy, "max_epochs": 1, "limit_val_batches": 0}
     running = trainer(folder, [*callbacks, Witness(folder), every_step(folder, 2)], **settings)
     running.fit(model, loader(13, shuffle=True))
     return model
@@ -79,3 +81,17 @@ def test_an_error_on_one_rank_is_an_error_on_all(tmp_path):
         text = (tmp_path / "failed" / f"error{rank}.txt").read_text()
         assert "failed at step 2 (checkpoint): rank 1: ValueError: example 3 has no label." in text
         assert (tmp_path / "failed" / f"random{rank}.pt").exists()
+
+
+@NO_VALIDATION
+@pytest.mark.parametrize(
+    "options", [{"static_graph": True, "gradient_as_bucket_view": True}, {"find_unused_parameters": True}]
+)
+def test_the_options_of_ddp_do_not_matter(options, tmp_path):
+    """A backward pass of our own would count in a static graph; asking for gradients at outputs does not."""
+    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo", **options)
+    plain = fit_on_two_ranks(tmp_path / "plain", [], strategy=strategy)
+    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo", **options)
+    recorded = fit_on_two_ranks(tmp_path / "recorded", [NormRecorder(batch_size=3)], strategy=strategy)
+    assert_same(recorded.state_dict(), plain.state_dict())
+    assert len(find_records(tmp_path / "recorded" / "influence" / "norms")) == 1
