@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rank_bm25 import BM25Okapi
 
-from lightning_influence.filters.bm25 import BM25Filter, words
+from lightning_influence.filters.bm25 import BM25Filter
 
 DOCUMENTS = st.lists(st.lists(st.sampled_from("abcdef"), max_size=6), min_size=2, max_size=9).filter(any)
 
@@ -33,6 +34,12 @@ def test_similarities_are_okapi(documents, query):
     np.testing.assert_allclose(member.similarities(" ".join(query)), okapi(documents, query), rtol=1e-9, atol=1e-12)
 
 
+@given(documents=DOCUMENTS, query=st.lists(st.sampled_from("abcxyz"), max_size=5))
+def test_similarities_are_those_of_rank_bm25_to_the_last_bit(documents, query):
+    member = BM25Filter([" ".join(document) for document in documents])
+    assert member.similarities(" ".join(query)).tolist() == BM25Okapi(documents).get_scores(query).tolist()
+
+
 def test_a_paraphrase_finds_its_source():
     corpus = [
         "How do I bake sourdough bread at home?",
@@ -43,10 +50,6 @@ def test_a_paraphrase_finds_its_source():
     ]
     queries = ["tell me which city is the capital of france", "baking BREAD at home, sourdough please"]
     assert BM25Filter(corpus).candidates(queries, k=1).flatten().tolist() == [3, 0]
-
-
-def test_case_and_punctuation_do_not_matter_by_default():
-    assert words("Don't PANIC, über_all!") == ["don", "t", "panic", "über_all"]
 
 
 def test_own_tokenizer():
