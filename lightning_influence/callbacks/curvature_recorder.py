@@ -32,7 +32,7 @@ class CurvatureRecorder(Recorder):
         **options: Those of `Recorder`: dirpath, components, loss, batch_size, keep, name.
 
     Raises:
-        ValueError: If an option is wrong.
+        ValueError: If the curvature is none, or an option is wrong.
     """
 
     default_name: ClassVar[str] = "curvature"
@@ -46,6 +46,8 @@ class CurvatureRecorder(Recorder):
         **options: Any,
     ) -> None:
         super().__init__(when, **options)
+        if not isinstance(curvature, Curvature | None):
+            raise ValueError(f"`{self._call(curvature=curvature)}`: expected a Curvature, such as EKFAC(damping=0.1).")
         self.curvature = EKFAC() if curvature is None else curvature
         self.train = train
         self._usable: list[int] | None = None

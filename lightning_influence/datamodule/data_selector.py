@@ -246,7 +246,10 @@ class DataSelector(DataModuleWrapper):
 
     def load(self, path: str | os.PathLike[str]) -> Selection | None:
         """Serve a selection written by `save`; that the pool is the same is checked when it is served."""
-        return self._restore(json.loads(Path(path).read_text()))
+        try:
+            return self._restore(json.loads(Path(path).read_text()))
+        except (LookupError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"`DataSelector.load({str(path)!r})`: expected a file written by `save`.") from error
 
     def pool_dataloader(self) -> DataLoader[Any]:
         """The loader of the whole pool, as the user made it; sets the data up if no fit has done so yet.

@@ -85,7 +85,7 @@ def select_training_data(
             stand in the target set; if no row is predicted to lower the target loss.
     """
     rule = InteractionGreedy() if rule is None else rule
-    _check_options(rule, weight, target_curvature)
+    _check_options(rule, curvature, weight, target_curvature)
     rows, goals = ExampleLoader(pool, batch_size), ExampleLoader(targets, batch_size)
     resolve_budget(budget, rows.num_examples, CALL)
     curvature = EKFAC(seed=seed) if curvature is None else curvature
@@ -137,9 +137,11 @@ def _usable(rows: ExampleLoader, audit: PoolAudit) -> ExampleLoader:
     return ExampleLoader(rows, indices=left)
 
 
-def _check_options(rule: object, weight: object, target_curvature: str) -> None:
+def _check_options(rule: object, curvature: object, weight: object, target_curvature: str) -> None:
     if not isinstance(rule, SelectionRule):
         raise ValueError(f"`{CALL}(rule={rule!r})`: expected a SelectionRule, such as InteractionGreedy() or TopK().")
+    if not isinstance(curvature, Curvature | None):
+        raise ValueError(f"`{CALL}(curvature={curvature!r})`: expected a Curvature, such as EKFAC(damping=0.1).")
     positive = isinstance(weight, (int, float)) and not isinstance(weight, bool) and 0 < weight < math.inf
     if weight not in ("saturate", "1/n", "1/k") and not positive:
         raise ValueError(f"`{CALL}(weight={weight!r})`: expected 'saturate', '1/n', '1/k' or a number > 0.")

@@ -151,3 +151,9 @@ def test_a_loss_that_is_no_tensor_is_refused_before_training(answer, tmp_path):
     with pytest.raises(ValueError, match=rf"has shape {type(answer).__name__}; expected one loss per example"):
         run(tmp_path, [recorder])
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize("curvature", ["ekfac", EKFAC])
+def test_a_curvature_that_is_none(curvature):
+    with pytest.raises(ValueError, match=r"`CurvatureRecorder\(curvature=.*\)`: expected a Curvature, such as EKFAC\("):
+        CurvatureRecorder(curvature)

@@ -107,3 +107,17 @@ def test_a_second_fit_with_the_same_trainer_trains_nothing():
     model.seen.clear()
     running.fit(model, datamodule=selector)
     assert model.seen == []
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[1, 2]", '{"version": 1}', '{"positions": 3, "selection": null, "fingerprint": ""}']
+)
+def test_a_file_that_save_has_not_written(text, tmp_path):
+    file = tmp_path / "selection.json"
+    file.write_text(text)
+    model = Net()
+    with pytest.raises(
+        ValueError, match=r"`DataSelector.load\('.*selection.json'\)`: expected a file written by `save`"
+    ):
+        fit(DataSelector(Data(), selection=str(file)), model)
+    assert model.seen == []

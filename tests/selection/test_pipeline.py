@@ -216,6 +216,8 @@ class Unread:
         ({"weight": "1/m"}, r"`select_training_data\(weight='1/m'\)`"),
         ({"target_curvature": "exact"}, r"`select_training_data\(target_curvature='exact'\)`: expected 'empirical' or"),
         ({"rule": TopK}, r"`select_training_data\(rule=.*\)`: expected a SelectionRule, such as InteractionGreedy\(\)"),
+        ({"curvature": "ekfac"}, r"`select_training_data\(curvature='ekfac'\)`: expected a Curvature, such as EKFAC\("),
+        ({"curvature": EKFAC}, r"`select_training_data\(curvature=<class .*EKFAC'>\)`: expected a Curvature"),
         ({"components": "nonsense"}, "nonsense"),
         ({"targets": []}, "the data is empty; expected at least one example"),
         ({"targets": [(X[0], torch.tensor(-100))]}, r"1 of 1 queries have no supervised target \(ids \[0\]\)"),
