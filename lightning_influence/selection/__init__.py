@@ -1,18 +1,27 @@
-"""Choosing a subset of the training data: rules, budgets and what they return."""
+"""Choosing a subset of the training data or of the components: rules, budgets and what they return."""
 
 from lightning_influence.selection.base import SelectionRule
 from lightning_influence.selection.budget import check_budget, resolve_budget
+from lightning_influence.selection.component_greedy import component_score, greedy_components, single_component_scores
+from lightning_influence.selection.component_pairs import ComponentPairs
+from lightning_influence.selection.component_path import ComponentPath, ComponentSelection
 from lightning_influence.selection.interaction_greedy import InteractionGreedy
 from lightning_influence.selection.random import Random
 from lightning_influence.selection.selection import Selection
 from lightning_influence.selection.top_k import TopK
 
 __all__ = [
+    "ComponentPairs",
+    "ComponentPath",
+    "ComponentSelection",
     "InteractionGreedy",
     "Random",
     "Selection",
     "SelectionRule",
     "TopK",
     "check_budget",
+    "component_score",
+    "greedy_components",
     "resolve_budget",
+    "single_component_scores",
 ]
