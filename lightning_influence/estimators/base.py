@@ -133,10 +133,14 @@ class Estimator(ABC):
 
     def _query_blocks(self, loader: ExampleLoader) -> Iterator[ExampleLoader]:
         wide = any(parameter.dtype == torch.float64 for parameter in self.model.parameters())
-        size = sum(c.numel for c in self.components) * (8 if wide else 4)
+        size = self._query_numel() * (8 if wide else 4)
         step = max(1, self.memory_budget // size)
         for k in range(0, loader.num_examples, step):
             yield ExampleLoader(loader, indices=loader.ids[k : k + step])
+
+    def _query_numel(self) -> int:
+        """Numbers that are kept of one query."""
+        return sum(c.numel for c in self.components)
 
     def _query_gradients(self, loader: ExampleLoader, labels: Labels, seed: int) -> dict[str, Tensor]:
         found: dict[str, list[Tensor]] = {c.name: [] for c in self.components}
