@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,8 +92,8 @@ class Call:
         """Whether the loss depends on anything that was returned."""
         return any(gradient is not None for gradient in self.gradients)
 
-    def layer_call(self, n: int) -> LayerCall:
-        """The call as the rules take it."""
+    def layer_call(self, n: int, memo: dict[Hashable, Tensor]) -> LayerCall:
+        """The call as the rules take it; they share the memo."""
         kept = [(o, g) for o, g in zip(self.outputs, self.gradients, strict=True) if o.keeps_examples(n)]
         return LayerCall(
             args=self.args,
@@ -102,6 +102,7 @@ class Call:
             outputs=tuple(o.place for o, _ in kept),
             fingerprints=tuple(o.fingerprint for o, _ in kept if o.fingerprint is not None),
             precision=self.precision,
+            memo=memo,
         )
 
     def _current_versions(self) -> tuple[int, ...]:
@@ -119,6 +120,7 @@ class CallLog:
     Attributes:
         calls: The calls in the order in which they ended.
         spread: Names of modules whose output was shared by the examples, and is one row for each of them now.
+        memo: What rules made of inputs that several layers have.
     """
 
     def __init__(self, n: int, shared: set[str]) -> None:
@@ -126,6 +128,7 @@ class CallLog:
         self.shared = shared
         self.calls: list[Call] = []
         self.spread: set[str] = set()
+        self.memo: dict[Hashable, Tensor] = {}
         self._entered: dict[str, list[Call]] = {}
 
     def __iter__(self) -> Iterator[Call]:

@@ -216,7 +216,7 @@ class GradientCapture:
             module, rule = self._modules[use.module], self._rules[use.module]
             for call in log.of(use.module):
                 try:
-                    record = rule.record(module, use.parameters, call.layer_call(log.n), ids, mask)
+                    record = rule.record(module, use.parameters, call.layer_call(log.n, log.memo), ids, mask)
                 except UnsupportedLayerError as error:
                     raise UnsupportedLayerError(self._refusal({use.module: str(error)})) from error
                 records.append(_packed(record, rule, self._packings[component.name], module, use.parameters))

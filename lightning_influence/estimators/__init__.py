@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from lightning_influence.estimators.base import Estimator
+from lightning_influence.estimators.component_dots import ComponentDots
 from lightning_influence.estimators.gradient_dot import GradientDot
 from lightning_influence.estimators.group_influence import Interactions
 from lightning_influence.estimators.influence_function import InfluenceFunction
 from lightning_influence.estimators.scores import Scores
 
-__all__ = ["Estimator", "GradientDot", "InfluenceFunction", "Interactions", "Scores"]
+__all__ = ["ComponentDots", "Estimator", "GradientDot", "InfluenceFunction", "Interactions", "Scores"]

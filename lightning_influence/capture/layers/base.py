@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_influence.capture.record import LayerRecord
+
+REMEMBERED = 4  # inputs of which something is kept: low-rank adapters put theirs between those of queries and keys
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class LayerCall:
         outputs: Places of those tensors among the leaves of the output.
         fingerprints: Of each of those tensors, for rules that call the module again.
         precision: Relative precision with which the module computed.
+        memo: What was last made of inputs of the same forward pass, see `once`.
     """
 
     args: tuple[Any, ...]
@@ -34,11 +37,29 @@ class LayerCall:
     outputs: tuple[int, ...] = (0,)
     fingerprints: tuple[Tensor, ...] = ()
     precision: float = 1e-3
+    memo: dict[Hashable, Tensor] = field(default_factory=dict)
 
     @property
     def input(self) -> Tensor:
         """The first tensor handed to the module; its first dimension may be 1, shared by all examples."""
         return first_tensor(self.args, self.kwargs)
+
+    def once(self, what: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """Something made of the input: the same tensor for layers that were handed the same input one soon after another.
+
+        Queries, keys and values multiply one hidden state; who compares many examples needs its products once.
+
+        Args:
+            what: Name of what is made.
+            make: Makes it.
+        """
+        x = self.input
+        key = (what, x.data_ptr(), x.dtype, x.device, tuple(x.shape), tuple(x.stride()))
+        found = self.memo.pop(key, None)
+        self.memo[key] = make() if found is None else found
+        if len(self.memo) > REMEMBERED:
+            del self.memo[next(iter(self.memo))]
+        return self.memo[key]
 
 
 class LayerRule(ABC):

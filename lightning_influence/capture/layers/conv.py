@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_influence.capture.layers.base import LayerCall, LayerRule, per_example, widened
-from lightning_influence.capture.layers.linear import factored
+from lightning_influence.capture.layers.linear import extended
 from lightning_influence.capture.record import DenseRecord, FactoredRecord
 
 
@@ -43,7 +43,8 @@ class ConvRule(LayerRule):
         patches = _patches(module, per_example(widened(call.input), n))
         groups = module.groups
         if groups == 1:
-            return factored(patches.flatten(2), gradients, parameters, ids, None)
+            inputs = extended(patches.flatten(2), n, t, "weight" in parameters, "bias" in parameters)
+            return FactoredRecord(ids, inputs, gradients)
         parts = []
         if "weight" in parameters:
             a = patches.reshape(n, t, groups, -1)

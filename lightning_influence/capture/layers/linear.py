@@ -37,7 +37,12 @@ class LinearRule(LayerRule):
         mask: Tensor | None,
     ) -> FactoredRecord:
         """Inputs [n, t, i + bias] and output gradients [n, t, o]; 2-D inputs have t = 1."""
-        return factored(call.input, call.gradients[0], parameters, ids, mask)
+        gradients = widened(call.gradients[0]).reshape(len(ids), -1, call.gradients[0].shape[-1])
+        n, t, _ = gradients.shape
+        weight, bias = "weight" in parameters, "bias" in parameters
+        inputs = call.once(("linear", n, t, weight, bias), lambda: extended(call.input, n, t, weight, bias))
+        fits = mask is not None and tuple(mask.shape) == (n, t)
+        return FactoredRecord(ids, inputs, gradients, mask if fits else None)
 
     def split(self, module: nn.Module, parameters: Sequence[str], gradients: Tensor) -> dict[str, Tensor]:
         """Weight columns first, then the bias column."""
@@ -50,21 +55,10 @@ class LinearRule(LayerRule):
         return out
 
 
-def factored(
-    inputs: Tensor, gradients: Tensor, parameters: Sequence[str], ids: Tensor, mask: Tensor | None
-) -> FactoredRecord:
-    """Bring [n or 1, ..., i] and [n, ..., o] to [n, t, i + bias] and [n, t, o]."""
-    n, o = gradients.shape[0], gradients.shape[-1]
-    gradients = widened(gradients).reshape(n, -1, o)
-    t = gradients.shape[1]
-    if "weight" in parameters:
-        inputs = per_example(widened(inputs), n).reshape(n, t, -1)
-    else:
-        inputs = gradients.new_empty(n, t, 0)
-    if "bias" in parameters:
-        inputs = torch.cat([inputs, inputs.new_ones(n, t, 1)], dim=-1)
-    fits = mask is not None and tuple(mask.shape) == (n, t)
-    return FactoredRecord(ids, inputs, gradients, mask if fits else None)
+def extended(inputs: Tensor, n: int, t: int, weight: bool, bias: bool) -> Tensor:
+    """[n or 1, ..., i] as [n, t, i + bias], with a column of ones for the bias; [n, t, 1] for a bias alone."""
+    rows = per_example(widened(inputs), n).reshape(n, t, -1) if weight else widened(inputs).new_empty(n, t, 0)
+    return torch.cat([rows, rows.new_ones(n, t, 1)], dim=-1) if bias else rows
 
 
 def _transposed() -> tuple[type[nn.Module], ...]:

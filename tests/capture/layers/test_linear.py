@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_influence.capture import GradientCapture
-from lightning_influence.capture.layers import LinearRule, rule_for
-from lightning_influence.capture.layers.linear import factored
+from lightning_influence.capture.layers import LayerCall, LinearRule, rule_for
 from lightning_influence.capture.record import FactoredRecord
 from tests.cases import only
+
+IDS = torch.arange(2)
 
 
 def losses(model: nn.Module, batch: Tensor) -> Tensor:
@@ -59,9 +60,24 @@ def test_a_mask_is_kept_where_it_fits(shape: tuple[int, int], kept: bool) -> Non
 
 def test_dimensions_between_examples_and_width_are_positions() -> None:
     inputs, gradients = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 6)
-    record = factored(inputs, gradients, ("weight",), torch.arange(2), None)
-    assert record.sizes == (2, 12, 5, 6)
-    assert factored(inputs[:1], gradients, ("weight",), torch.arange(2), None).sizes == (2, 12, 5, 6)
+    for shared in (inputs, inputs[:1]):
+        record = LinearRule().record(nn.Linear(5, 6), ("weight",), LayerCall((shared,), {}, (gradients,)), IDS, None)
+        assert record.sizes == (2, 12, 5, 6)
+        expected = torch.einsum("npqo,npqi->noi", gradients, shared.expand(2, -1, -1, -1))
+        torch.testing.assert_close(record.example_gradients(), expected)
+
+
+def test_layers_that_multiply_one_input_share_what_is_kept_of_it() -> None:
+    """Queries, keys and values of attention: one tensor, also when it is widened or extended by ones."""
+    inputs, memo = torch.randn(2, 3, 5, dtype=torch.bfloat16), {}
+    calls = [LayerCall((inputs,), {}, (torch.randn(2, 3, o),), memo=memo) for o in (4, 2)]
+    for bias in (False, True):
+        parameters = ("weight", "bias")[: 1 + bias]
+        first, second = (LinearRule().record(nn.Linear(5, 4), parameters, call, IDS, None) for call in calls)
+        assert first.inputs is second.inputs
+        assert first.sizes == (2, 3, 5 + bias, 4)
+    other = LayerCall((inputs.clone(),), {}, (torch.randn(2, 3, 4),), memo=memo)
+    assert LinearRule().record(nn.Linear(5, 4), parameters, other, IDS, None).inputs is not first.inputs
 
 
 def test_without_transformers_there_is_no_transposed_layer(monkeypatch: pytest.MonkeyPatch) -> None:

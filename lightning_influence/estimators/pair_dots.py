@@ -1,0 +1,292 @@
+"""Component-wise inner products for pairs of examples, at about the cost of passing each example once ([SP] A.2)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lightning_influence.capture import ExampleLoader, ExampleLoss, GradientCapture
+from lightning_influence.capture.batches import leaves, to_device
+from lightning_influence.estimators.compact import Compactor, Kept, products, shapes_of
+from lightning_influence.estimators.component_dots import ComponentDots, read_columns
+from lightning_influence.estimators.pair_plan import Batches, Examples, Step, num_visits, plan, plan_all
+from lightning_influence.store import RowWriter, Store
+
+Advance: TypeAlias = Callable[[int], object]
+Bar: TypeAlias = Callable[[int], AbstractContextManager[Advance]]  # of a number of examples
+SHARD = 64  # pairs in one file of a store: what a kill can cost
+
+
+@dataclass(frozen=True)
+class Side:
+    """Queries or training examples: the data, the rows of it that take part, and their loss."""
+
+    loader: ExampleLoader
+    loss: ExampleLoss
+
+    def batch(self, rows: Sequence[int]) -> tuple[Tensor, Any]:
+        """(ids, batch) of some rows, counted within the loader."""
+        ids = [self.loader.ids[k] for k in rows]
+        return next(iter(ExampleLoader(self.loader, batch_size=len(ids), indices=ids)))
+
+    def lengths(self) -> list[int]:
+        """Positions of each example: those of its mask, or of its tokens; 1 where there is no such thing."""
+        found: list[int] = []
+        for ids, batch in self.loader:
+            mask = self.loss.position_mask(batch)
+            found += mask.sum(1).clamp_min(1).tolist() if mask is not None else [positions(batch)] * len(ids)
+        return found
+
+
+def positions(batch: Any) -> int:
+    """Positions of a batch without a mask: t of the first tokens [n, t], else 1."""
+    tokens = [x for x in leaves(batch) if isinstance(x, Tensor) and x.dim() == 2 and not x.is_floating_point()]
+    return tokens[0].shape[1] if tokens else 1
+
+
+@dataclass(frozen=True)
+class PairDots:
+    """Takes the inner products of pairs of queries and training examples, component by component.
+
+    Attributes:
+        capture: The model and its components.
+        sides: Queries and training examples.
+        pairs: (row of a query, row of a training example); None for all.
+        memory: Bytes for gradients that are kept.
+        batches: How large a batch may be.
+        dtype: To which what is kept is rounded; None for not at all.
+    """
+
+    capture: GradientCapture
+    sides: tuple[Side, Side]
+    pairs: Sequence[tuple[int, int]] | None
+    memory: int
+    batches: Batches
+    dtype: torch.dtype | None = None
+
+    def run(self, formula: str, store: Store | None, name: str, bar: Bar) -> ComponentDots:
+        """Everything; with a store, going on where an earlier run stopped, and ending with the same bytes.
+
+        Raises:
+            ValueError: If the memory does not hold two examples, or a loss is not finite (ids are named).
+            StoreError: If the store was begun with other pairs, or another plan for them.
+        """
+        q, n = (side.loader.num_examples for side in self.sides)
+        compactor, steps = self._planned()
+        numbers = [number for step in steps for number in step.pairs]
+        visited = list(dict.fromkeys(node for step in steps for node in step.load))
+        tables = _tables(store, name, numbers, [v for v in visited if v < q], [v - q for v in visited if v >= q])
+        work = _Work(self, compactor, q, n, *tables)
+        with bar(num_visits(steps)) as advance:
+            work.run(steps, advance)
+        return self._labelled(formula, store, name, tables)
+
+    def _planned(self) -> tuple[Compactor, list[Step]]:
+        lengths = [length for side in self.sides for length in side.lengths()]
+        q, n = (side.loader.num_examples for side in self.sides)
+        count = q * n if self.pairs is None else len(self.pairs)
+        compactor = self._compactor(lengths, (count + q + n) / (q + n))
+        itemsize = max(p.element_size() for p in self.capture.model.parameters() if p.is_floating_point())
+        sizes = [compactor.bytes(length, max(4, itemsize)) for length in lengths]
+        examples = Examples([0] * q + [1] * n, lengths, sizes)
+        if self.pairs is None:
+            return compactor, plan_all(examples, memory=self.memory, batches=self.batches)
+        return compactor, plan(
+            examples, [(a, q + b) for a, b in self.pairs], memory=self.memory, batches=self.batches
+        )
+
+    def _compactor(self, lengths: Sequence[int], pairs: float) -> Compactor:
+        """Forms of the components, as one example shows them."""
+        with self.capture:
+            records = list(self.records(0, [0]))
+        _, batch = self.sides[0].batch([0])
+        mask = self.sides[0].loss.position_mask(batch)
+        padded = positions(batch) if mask is None else mask.shape[1]
+        shapes = shapes_of(records, lengths[0], padded)
+        return Compactor.of(shapes, sum(lengths) / len(lengths), pairs, self.dtype)
+
+    def records(self, side: int, rows: Sequence[int]) -> Iterator[Any]:
+        """Records of some rows of a side; the capture is active."""
+        loader, loss = self.sides[side], self.sides[side].loss
+        ids, batch = loader.batch(rows)
+        batch = to_device(batch, next(self.capture.model.parameters()).device)
+        return self.capture.record(batch, loss.losses, ids, loss.position_mask(batch), loss.batch_size(batch))
+
+    def _labelled(self, formula: str, store: Store | None, name: str, tables: Sequence[_Table]) -> ComponentDots:
+        dots, query_squares, train_squares = (table.values() for table in tables)
+        left, right = self.sides
+        n = right.loader.num_examples
+        everything = torch.cartesian_prod(torch.arange(left.loader.num_examples), torch.arange(n))
+        found = ComponentDots(
+            components=tuple(c.name for c in self.capture.components),
+            sizes=tuple(c.numel for c in self.capture.components),
+            query_ids=tuple(left.loader.ids),
+            train_ids=tuple(right.loader.ids),
+            pairs=everything if self.pairs is None else torch.tensor(self.pairs, dtype=torch.int64).reshape(-1, 2),
+            dots=dots,
+            query_squares=query_squares,
+            train_squares=train_squares,
+            formula=formula,
+            reduction=left.loss.reduction,
+        )
+        if store is not None:
+            found.save_labels(store, name)
+        return found
+
+
+class _Table:
+    """Rows [c] by number, in a store or in memory."""
+
+    def __init__(self, writer: RowWriter | None, store: Store | None, name: str, numbers: Sequence[int]) -> None:
+        self._writer = writer
+        self._store = store
+        self._name = name
+        self._rows: dict[int, Tensor] = {}
+        self.missing = set(numbers if writer is None else writer.missing_ids)
+
+    def write(self, number: int, row: Tensor) -> None:
+        if number in self.missing:
+            self.missing.discard(number)
+            if self._writer is None:
+                self._rows[number] = row
+            else:
+                self._writer.write([number], {"dots": row.unsqueeze(0)})
+
+    def values(self) -> Tensor:
+        """[c, rows], by number."""
+        if self._store is not None:
+            return read_columns(self._store, self._name)
+        return torch.stack([self._rows[k] for k in range(len(self._rows))], dim=1)
+
+
+def _tables(store: Store | None, name: str, *numbers: Sequence[int]) -> tuple[_Table, ...]:
+    """Of the pairs, the queries and the training examples; the rows of each in the order in which they come."""
+    names = [f"{name}.{part}" for part in ("pairs", "queries", "train")]
+    writers = [None if store is None else store.row_writer(k, ids, SHARD) for k, ids in zip(names, numbers, strict=True)]
+    return tuple(_Table(w, store, k, ids) for w, k, ids in zip(writers, names, numbers, strict=True))
+
+
+@dataclass
+class _Work:
+    """A plan being carried out.
+
+    Steps whose numbers are all there, those of an earlier run, are passed over; a batch of theirs that a later step
+    needs is passed again as it was then, so that its numbers are the same to the last bit.
+    """
+
+    job: PairDots
+    compactor: Compactor
+    q: int
+    n: int
+    pairs: _Table
+    queries: _Table
+    train: _Table
+    planned: dict[int, Step] = field(default_factory=dict)  # nodes that the plan holds now: the step that loaded each
+    held: dict[int, Kept] = field(default_factory=dict)
+
+    def run(self, steps: Sequence[Step], advance: Advance) -> None:
+        begun = False
+        with self.job.capture:
+            for step in steps:
+                for node in step.drop:
+                    del self.planned[node]
+                    self.held.pop(node, None)
+                self.planned |= dict.fromkeys(step.load, step)
+                begun = begun or self._lacks(step)
+                if begun:
+                    self._load(step)
+                    self._take(step)
+                advance(len(step.load))
+
+    def _lacks(self, step: Step) -> bool:
+        lone = any(number in table.missing for table, number in map(self._square, step.load))
+        return lone or not self.pairs.missing.isdisjoint(step.pairs)
+
+    def _load(self, step: Step) -> None:
+        """Pass a batch, and keep what the plan holds of it."""
+        rows = [k for k, node in enumerate(step.load) if self.planned.get(node) is step]
+        side = 0 if step.load[0] < self.q else 1
+        records = self.job.records(side, [node - side * self.q for node in step.load])
+        for k, kept in zip(rows, self.compactor.take(records, rows), strict=True):
+            node = step.load[k]
+            self.held[node] = kept
+            table, number = self._square(node)
+            if number in table.missing:
+                table.write(number, products(kept, kept).cpu())
+        taken = sum(kept.bytes for kept in self.held.values())
+        if taken > self.job.memory:
+            warnings.warn(
+                f"memory_budget={self.job.memory}: {len(self.held)} examples take {taken} bytes, more than was foreseen "
+                "from the first one. Give a smaller budget if memory is short.",
+                stacklevel=2,
+            )
+
+    def _take(self, step: Step) -> None:
+        for number in step.pairs:
+            if number in self.pairs.missing:
+                left, right = (self._kept(node) for node in self._nodes(number))
+                self.pairs.write(number, products(left, right).cpu())
+
+    def _kept(self, node: int) -> Kept:
+        if node not in self.held:  # its batch was passed over
+            self._load(self.planned[node])
+        return self.held[node]
+
+    def _square(self, node: int) -> tuple[_Table, int]:
+        return (self.queries, node) if node < self.q else (self.train, node - self.q)
+
+    def _nodes(self, number: int) -> tuple[int, int]:
+        a, b = divmod(number, self.n) if self.job.pairs is None else self.job.pairs[number]
+        return a, self.q + b
+
+
+@contextmanager
+def tqdm_bar(total: int, label: str, progress: bool) -> Iterator[Advance]:
+    """A bar with the time that remains, on what takes more than a few seconds."""
+    with tqdm(total=total, desc=label, delay=3, unit="example", leave=False, disable=not progress) as bar:
+        yield bar.update
+
+
+def checked_pairs(
+    call: str, candidates: Any, queries: ExampleLoader, train: ExampleLoader
+) -> tuple[list[tuple[int, int]], list[int]]:
+    """Candidates by id as pairs of (row of the query, place among the ids that occur), and those ids in order.
+
+    Args:
+        call: How the caller's code reads, for the error text.
+        candidates: For each query ids of training examples: a list of lists, or a tensor [q, k].
+        queries: The queries.
+        train: The training examples.
+
+    Raises:
+        ValueError: If there is not one list for each query, a list is empty, an id is not in the training data, or
+            one stands in a list twice.
+    """
+    rows = [[int(k) for k in row] for row in candidates]
+    if len(rows) != queries.num_examples:
+        raise ValueError(f"`{call}`: expected one list for each of {queries.num_examples} queries, got {len(rows)}.")
+    known = set(train.ids)
+    problems = {
+        "without a candidate": [name for name, row in zip(queries.ids, rows, strict=True) if not row],
+        "with ids that are not in the training data": [
+            name for name, row in zip(queries.ids, rows, strict=True) if not known.issuperset(row)
+        ],
+        "with an id twice": [name for name, row in zip(queries.ids, rows, strict=True) if len(set(row)) < len(row)],
+    }
+    found = [f"{len(names)} {what} (queries {names[:5]})" for what, names in problems.items() if names]
+    if found:
+        raise ValueError(
+            f"`{call}`: expected for each query at least one id of the {train.num_examples} training examples, each "
+            f"once. Got {'; '.join(found)}."
+        )
+    occurring = {k for row in rows for k in row}
+    ids = [k for k in train.ids if k in occurring]
+    place = {k: position for position, k in enumerate(ids)}
+    return [(query, place[k]) for query, row in enumerate(rows) for k in row], ids
