@@ -2,7 +2,17 @@
 
 from lightning_influence.selection.base import SelectionRule
 from lightning_influence.selection.budget import check_budget, resolve_budget
-from lightning_influence.selection.component_greedy import component_score, greedy_components, single_component_scores
+from lightning_influence.selection.component_cross_validation import (
+    ComponentCrossValidation,
+    ComponentSplit,
+    cross_validate_components,
+)
+from lightning_influence.selection.component_greedy import (
+    component_score,
+    component_values,
+    greedy_components,
+    single_component_scores,
+)
 from lightning_influence.selection.component_pairs import ComponentPairs
 from lightning_influence.selection.component_path import ComponentPath, ComponentSelection
 from lightning_influence.selection.interaction_greedy import InteractionGreedy
@@ -11,9 +21,11 @@ from lightning_influence.selection.selection import Selection
 from lightning_influence.selection.top_k import TopK
 
 __all__ = [
+    "ComponentCrossValidation",
     "ComponentPairs",
     "ComponentPath",
     "ComponentSelection",
+    "ComponentSplit",
     "InteractionGreedy",
     "Random",
     "Selection",
@@ -21,6 +33,8 @@ __all__ = [
     "TopK",
     "check_budget",
     "component_score",
+    "component_values",
+    "cross_validate_components",
     "greedy_components",
     "resolve_budget",
     "single_component_scores",

@@ -92,13 +92,20 @@ def single_component_scores(pairs: ComponentPairs, objective: Objective = "accur
 def component_score(
     pairs: ComponentPairs, components: Iterable[str], objective: Objective = "accuracy", *, eps: float = 0.0
 ) -> float:
-    """The objective of `greedy_components` with some components.
+    """The objective of `greedy_components` with some components: the mean of `component_values`."""
+    return float(component_values(pairs, components, objective, eps=eps).mean())
+
+
+def component_values(
+    pairs: ComponentPairs, components: Iterable[str], objective: Objective = "accuracy", *, eps: float = 0.0
+) -> Tensor:
+    """What `greedy_components` takes the mean of, query by query, with some components, float64 [q].
 
     Raises:
         ValueError: If the objective is unknown, ε negative, or a name not a component's (the nearest are given).
     """
-    _check("component_score", objective, eps)
-    return float(ComponentSearch(pairs, objective, eps).of(pairs.rows(components)))
+    _check("component_values", objective, eps)
+    return ComponentSearch(pairs, objective, eps).values(pairs.rows(components))
 
 
 class _Last:

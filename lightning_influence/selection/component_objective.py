@@ -1,4 +1,4 @@
-"""What a greedy choice of components maximises: sums over queries, evaluated for many sets of components at once."""
+"""What a greedy choice of components maximises: means over queries, evaluated for many sets of components at once."""
 
 from __future__ import annotations
 
@@ -50,20 +50,20 @@ class Block:
 
 
 def accuracy(sums: Sums, block: Block) -> Tensor:
-    """Number of queries whose true source is strictly above every other candidate, [m]."""
+    """Whether the true source is strictly above every other candidate, bool [m, q]."""
     scores = _ordering(sums, block)
-    return (scores[:, 0] > scores[:, 1:].amax(1)).sum(1).double()
+    return scores[:, 0] > scores[:, 1:].amax(1)
 
 
 def reciprocal_rank(sums: Sums, block: Block) -> Tensor:
-    """Sum over queries of 1 / (1 + number of other candidates not below the true source), [m]."""
+    """1 / (1 + number of other candidates not below the true source), [m, q]."""
     scores = _ordering(sums, block)
     above = scores[:, 1:].ge_(scores[:, :1])
-    return above.sum(1).add_(1).reciprocal_().sum(1)
+    return above.sum(1).add_(1).reciprocal_()
 
 
 def similarity(sums: Sums, block: Block) -> Tensor:
-    """Sum over queries of the correlation of cos_S with cos_W over the candidates, [m].
+    """Correlation of cos_S with cos_W over the candidates, [m, q].
 
     Pearson's; where exactly one of the two is constant it is 0, where both are it is 1.
     """
@@ -74,7 +74,7 @@ def similarity(sums: Sums, block: Block) -> Tensor:
     agreement = torch.mul(centred, block.whole, out=sums.spare).sum(1) / length
     constant = length <= _CONSTANT
     both = constant & ~block.whole.any(0)
-    return agreement.masked_fill_(constant, 0).add_(both).sum(1)
+    return agreement.masked_fill_(constant, 0).add_(both)
 
 
 def unit_deviations(sums: Sums, block: Block) -> Tensor:

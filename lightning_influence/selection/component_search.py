@@ -40,9 +40,9 @@ class ComponentSearch:
         """Objective of S, [1]; of all components at the start."""
         return self._scores(lambda block: block.of(self.left))
 
-    def of(self, rows: Sequence[int]) -> Tensor:
-        """Objective of some of the components, [1]; before any was taken."""
-        return self._scores(lambda block: block.of(rows))
+    def values(self, rows: Sequence[int]) -> Tensor:
+        """Of some of the components, query by query, [q]; before any was taken. Their mean is the objective."""
+        return torch.cat([self._evaluate(block.of(rows), block.block)[0] for block in self._blocks]).double().cpu()
 
     def with_each(self) -> Tensor:
         """Objective of the taken components and one more, for each of ``left``."""
@@ -64,7 +64,8 @@ class ComponentSearch:
 
     def _scores(self, sums: Callable[[_Queries], Sums]) -> Tensor:
         """Mean over queries, on the CPU."""
-        total = sum(self._evaluate(sums(block), block.block) for block in self._blocks)
+        parts = (self._evaluate(sums(block), block.block) for block in self._blocks)
+        total = sum(part.sum(1, dtype=torch.float64) for part in parts)
         assert isinstance(total, Tensor)
         return total.cpu() / self.num_queries
 

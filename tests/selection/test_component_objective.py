@@ -39,30 +39,30 @@ def test_every_objective_has_its_function():
 
 def test_hits_and_ranks():
     dots = columns([0.9, 0.5, 0.9], [0.9, 0.5, 0.1], [-0.5, -0.6, -0.7], [-0.5, 0.1, -0.4])
-    assert accuracy(sums(dots), block()).tolist() == [2.0]
-    assert reciprocal_rank(sums(dots), block()).tolist() == pytest.approx([1 / 2 + 1 + 1 + 1 / 3])
+    assert accuracy(sums(dots), block()).tolist() == [[False, True, True, False]]
+    assert reciprocal_rank(sums(dots), block())[0].tolist() == pytest.approx([1 / 2, 1, 1, 1 / 3])
 
 
 def test_signs_survive_the_squares():
-    assert accuracy(sums(columns([-0.5, -0.9])), block()).tolist() == [1.0]
-    assert accuracy(sums(columns([-0.9, -0.5])), block()).tolist() == [0.0]
-    assert accuracy(sums(columns([0.1, -0.9])), block()).tolist() == [1.0]
+    assert accuracy(sums(columns([-0.5, -0.9])), block()).tolist() == [[1.0]]
+    assert accuracy(sums(columns([-0.9, -0.5])), block()).tolist() == [[0.0]]
+    assert accuracy(sums(columns([0.1, -0.9])), block()).tolist() == [[1.0]]
 
 
 def test_without_a_gradient_the_cosine_is_zero():
     for nothing in ({"squares": 0.0}, {"query_squares": 0.0}):
         dots = sums(columns([0.5, 0.1]), **nothing)
-        assert reciprocal_rank(dots, block(zeros=True)).tolist() == [0.5]
+        assert reciprocal_rank(dots, block(zeros=True)).tolist() == [[0.5]]
 
 
 def test_padding_is_below_everything():
     padding = torch.tensor([[False], [True]])
-    assert accuracy(sums(columns([-0.9, 0.5])), block(padding=padding)).tolist() == [1.0]
-    assert reciprocal_rank(sums(columns([-0.9, 0.5])), block(padding=padding)).tolist() == [1.0]
+    assert accuracy(sums(columns([-0.9, 0.5])), block(padding=padding)).tolist() == [[1.0]]
+    assert reciprocal_rank(sums(columns([-0.9, 0.5])), block(padding=padding)).tolist() == [[1.0]]
 
 
 def test_epsilon_moves_short_candidates_down():
-    """cos = D / (|q| |j| + ε): 0.9/1.5 against 0.09·0.95/(0.1 + 0.5)."""
+    """cos = D / (|q| |j| + ε): 0.9 / 1 against 0.095 / 0.1, and with ε 0.9 / 1.5 against 0.095 / 0.6."""
     short = sums(columns([0.9, 0.095]))
     short.squares[:, 1] = 0.01
     assert accuracy(Sums(short.dots.clone(), short.squares, short.query_squares, short.spare), block()).item() == 0
