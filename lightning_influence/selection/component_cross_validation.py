@@ -122,7 +122,7 @@ def cross_validate_components(
         path=path,
         splits=tuple(done),
         held_out=sum(split.score for split in done) / splits,
-        interval=_interval(values, member, objective),
+        interval=held_out_interval(values, member, objective),
         whole=sum(split.whole for split in done) / splits,
         seed=seed,
     )
@@ -161,8 +161,14 @@ def _split(
     return ComponentSplit(best, tuple(left), tuple(right), float(values.mean()), whole), values
 
 
-def _interval(values: Tensor, member: Tensor, objective: Objective) -> Interval:
-    """From held-out values [splits, q], NaN where a query was chosen on."""
+def held_out_interval(values: Tensor, member: Tensor, objective: Objective) -> Interval:
+    """Interval of the mean over splits of held-out means, as `cross_validate_components` describes it.
+
+    Args:
+        values: [splits, q], NaN where a query was chosen on.
+        member: Number [q] of each query's group.
+        objective: Whose values they are; ``"accuracy"`` stands for any share.
+    """
     seen = ~values.isnan()
     kept = seen.any(0)
     means = torch.where(seen, values, 0).sum(0)[kept] / seen.sum(0)[kept]
