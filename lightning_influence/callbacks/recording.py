@@ -185,6 +185,10 @@ class PrecisionLoss(ExampleLoss):
         with self._precision():
             return _at_least_float(self._loss.sampled_losses(model, batch, uniforms))
 
+    def where_supervised(self) -> ExampleLoss:
+        """The wrapped loss's, in the same precision."""
+        return PrecisionLoss(self._loss.where_supervised(), self._precision)
+
     def batch_size(self, batch: Batch) -> int:
         """Number of examples n."""
         return self._loss.batch_size(batch)

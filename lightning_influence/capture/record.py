@@ -239,7 +239,9 @@ class IndexedRecord(LayerRecord):
         rows = []
         for part in (self.narrow(k, k + 1) for k in range(len(self))):
             inner = torch.einsum("td,mud->mut", part.gradients[0], other.inputs)
-            rows.append((inner * other.gradients.reshape(m * u, v)[:, part.indices[0]].reshape(inner.shape)).sum((1, 2)))
+            rows.append(
+                (inner * other.gradients.reshape(m * u, v)[:, part.indices[0]].reshape(inner.shape)).sum((1, 2))
+            )
         return torch.stack(rows)
 
     @full_precision()

@@ -183,7 +183,7 @@ class Estimator(ABC):
     ) -> Iterator[Iterator[tuple[Component, LayerRecord]]]:
         """For each batch, its (component, record) pairs, to be used up before the next; the capture is active."""
         device = next(self.model.parameters()).device
-        loss = loss_for(self.model, loader, self.loss)
+        loss = loss_for(self.model, loader, self.loss).where_supervised()
         label = f"{type(self).__name__}: {what}"
         for ids, batch in tqdm(loader, desc=label, delay=3, leave=False, disable=not self.progress):
             batch = to_device(batch, device)

@@ -65,7 +65,9 @@ def shapes_of(records: Sequence[LayerRecord], length: int, padded: int) -> tuple
         padded: The same with its padding; layers with as many positions are taken to have one for each.
     """
     inputs = [id(record.inputs) if isinstance(record, FactoredRecord) else None for record in records]
-    return tuple(_shape(r, length, padded, inputs.count(key) if key else 1) for r, key in zip(records, inputs, strict=True))
+    return tuple(
+        _shape(r, length, padded, inputs.count(key) if key else 1) for r, key in zip(records, inputs, strict=True)
+    )
 
 
 def _shape(record: LayerRecord, length: int, padded: int, sharing: int) -> Shape:
@@ -111,9 +113,7 @@ class Compactor:
     dtype: torch.dtype | None = None
 
     @classmethod
-    def of(
-        cls, shapes: Iterable[Shape], length: float, pairs: float, dtype: torch.dtype | None = None
-    ) -> Compactor:
+    def of(cls, shapes: Iterable[Shape], length: float, pairs: float, dtype: torch.dtype | None = None) -> Compactor:
         """For examples of a mean length, and a mean number of pairs for each."""
         shapes = tuple(shapes)
         return cls(shapes, tuple(shape.worth_multiplying(length, pairs) for shape in shapes), dtype)
@@ -152,8 +152,9 @@ class Compactor:
             ids = (record.ids[k : k + 1] for k in wanted)
             return [SumRecord(name, examples) for name, examples in zip(ids, zip(*parts, strict=True), strict=True)]
         if not isinstance(record, FactoredRecord | IndexedRecord):
-            return [DenseRecord(record.ids[k : k + 1], self._own(record.narrow(k, k + 1).example_gradients())) for k in wanted]
-        busy = record.gradients.ne(0).any(-1).cpu()
+            alone = ((record.ids[k : k + 1], record.narrow(k, k + 1).example_gradients()) for k in wanted)
+            return [DenseRecord(ids, self._rounded(values).clone()) for ids, values in alone]  # a view keeps the batch
+        busy = record.gradients.any(-1).cpu()
         return [self._example(record, k, busy[k].nonzero().flatten(), shape, always, inputs) for k in wanted]
 
     def _example(
@@ -163,20 +164,20 @@ class Compactor:
         busy: Tensor,
         shape: Shape,
         always: bool,
-        inputs: _Inputs,
+        shared: _Inputs,
     ) -> LayerRecord:
         ids, positions = record.ids[k : k + 1], busy.to(record.gradients.device)
-        gradients = record.gradients[k : k + 1, positions]
+        gradients = record.gradients[k].index_select(0, positions).unsqueeze(0)
         if isinstance(record, IndexedRecord):
-            return replace(record, ids=ids, indices=record.indices[k : k + 1, positions], gradients=self._own(gradients))
+            indices = record.indices[k].index_select(0, positions).unsqueeze(0)
+            return replace(record, ids=ids, indices=indices, gradients=self._rounded(gradients))
         if always or shape.smaller_multiplied(len(busy)):
-            return DenseRecord(ids, self._own(torch.bmm(gradients.mT, record.inputs[k : k + 1, positions])))
-        return FactoredRecord(ids, inputs.rows(record.inputs, k, positions, busy), self._own(gradients))
+            inputs = record.inputs[k].index_select(0, positions).unsqueeze(0)
+            return DenseRecord(ids, self._rounded(torch.bmm(gradients.mT, inputs)))
+        return FactoredRecord(ids, shared.rows(record.inputs, k, positions, busy), self._rounded(gradients))
 
-    def _own(self, tensor: Tensor) -> Tensor:
-        """In memory of its own: a view would keep the whole batch."""
-        tensor = tensor if self.dtype is None else tensor.to(self.dtype)
-        return tensor.clone() if tensor._is_view() else tensor
+    def _rounded(self, tensor: Tensor) -> Tensor:
+        return tensor if self.dtype is None else tensor.to(self.dtype)
 
 
 @dataclass
@@ -192,47 +193,9 @@ class _Inputs:
         self.held[id(inputs)] = inputs
         key = (id(inputs), k, busy.numpy().tobytes())
         if key not in self.found:
-            rows = inputs[k : k + 1, positions]
+            rows = inputs[k].index_select(0, positions).unsqueeze(0)
             self.found[key] = rows if self.dtype is None else rows.to(self.dtype)
         return self.found[key]
-
-
-@full_precision()
-def products(left: Kept, right: Kept) -> Tensor:
-    """``<g, g'>`` of two examples for each component, [c].
-
-    Factors: ``Σ_t,t' (a_t · a'_t')(s_t · s'_t')``; the first factor is computed once for the components that multiply
-    the same input ([SP] A.2). Half precision is widened before it is multiplied and summed.
-    """
-    grams: dict[tuple[int, int], Tensor] = {}
-    return torch.stack([_product(a, b, grams) for a, b in zip(left.records, right.records, strict=True)])
-
-
-def _product(left: LayerRecord, right: LayerRecord, grams: dict[tuple[int, int], Tensor]) -> Tensor:
-    if isinstance(left, FactoredRecord) and isinstance(right, FactoredRecord):
-        key = (id(left.inputs), id(right.inputs))
-        if key not in grams:
-            grams[key] = _wide(left.inputs[0]) @ _wide(right.inputs[0]).mT
-        outer = _wide(left.gradients[0]) @ _wide(right.gradients[0]).mT
-        return torch.dot(grams[key].reshape(-1), outer.reshape(-1))
-    if isinstance(left, DenseRecord) and isinstance(right, DenseRecord):
-        return torch.dot(_wide(left.values).reshape(-1), _wide(right.values).reshape(-1))
-    return _widened(left).dot_products(_widened(right))[0, 0]
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
-
-
-def _widened(record: LayerRecord) -> LayerRecord:
-    if isinstance(record, FactoredRecord):
-        return replace(record, inputs=_wide(record.inputs), gradients=_wide(record.gradients))
-    if isinstance(record, IndexedRecord):
-        return replace(record, gradients=_wide(record.gradients))
-    if isinstance(record, SumRecord):
-        return replace(record, parts=tuple(_widened(part) for part in record.parts))
-    assert isinstance(record, DenseRecord)
-    return replace(record, values=_wide(record.values))
 
 
 def _tensors(record: LayerRecord) -> list[Tensor]:

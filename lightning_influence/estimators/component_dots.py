@@ -88,7 +88,9 @@ class ComponentDots:
         rows = self.rows(components)
         left, right = (_summed(squares, rows).sqrt() for squares in (self.query_squares, self.train_squares))
         lengths = left[self.pairs[:, 0]] * right[self.pairs[:, 1]] + eps
-        return torch.where(lengths > 0, _summed(self.dots, rows) / lengths.clamp_min(torch.finfo(lengths.dtype).tiny), 0)
+        return torch.where(
+            lengths > 0, _summed(self.dots, rows) / lengths.clamp_min(torch.finfo(lengths.dtype).tiny), 0
+        )
 
     def rows(self, components: Iterable[str] | None = None) -> list[int]:
         """Rows of the named components, of all when None.

@@ -82,9 +82,10 @@ class GradientDot(Estimator):
             right = ExampleLoader(right, indices=ids)
         if batch_positions < 1:
             raise ValueError(f"`GradientDot.pairs(batch_positions={batch_positions})`: expected an int >= 1.")
+        losses = [loss_for(self.model, loader, self.loss).where_supervised() for loader in (left, right)]
         job = PairDots(
             capture=self.capture,
-            sides=(Side(left, loss_for(self.model, left, self.loss)), Side(right, loss_for(self.model, right, self.loss))),
+            sides=(Side(left, losses[0]), Side(right, losses[1])),
             pairs=numbers,
             memory=self.memory_budget,
             batches=Batches(batch_positions, self.batch_size or batch_positions),

@@ -14,9 +14,10 @@ from tqdm.auto import tqdm
 
 from lightning_influence.capture import ExampleLoader, ExampleLoss, GradientCapture
 from lightning_influence.capture.batches import leaves, to_device
-from lightning_influence.estimators.compact import Compactor, Kept, products, shapes_of
+from lightning_influence.estimators.compact import Compactor, Kept, shapes_of
 from lightning_influence.estimators.component_dots import ComponentDots, read_columns
 from lightning_influence.estimators.pair_plan import Batches, Examples, Step, num_visits, plan, plan_all
+from lightning_influence.estimators.products import products
 from lightning_influence.store import RowWriter, Store
 
 Advance: TypeAlias = Callable[[int], object]
@@ -98,9 +99,7 @@ class PairDots:
         examples = Examples([0] * q + [1] * n, lengths, sizes)
         if self.pairs is None:
             return compactor, plan_all(examples, memory=self.memory, batches=self.batches)
-        return compactor, plan(
-            examples, [(a, q + b) for a, b in self.pairs], memory=self.memory, batches=self.batches
-        )
+        return compactor, plan(examples, [(a, q + b) for a, b in self.pairs], memory=self.memory, batches=self.batches)
 
     def _compactor(self, lengths: Sequence[int], pairs: float) -> Compactor:
         """Forms of the components, as one example shows them."""
@@ -169,7 +168,9 @@ class _Table:
 def _tables(store: Store | None, name: str, *numbers: Sequence[int]) -> tuple[_Table, ...]:
     """Of the pairs, the queries and the training examples; the rows of each in the order in which they come."""
     names = [f"{name}.{part}" for part in ("pairs", "queries", "train")]
-    writers = [None if store is None else store.row_writer(k, ids, SHARD) for k, ids in zip(names, numbers, strict=True)]
+    writers = [
+        None if store is None else store.row_writer(k, ids, SHARD) for k, ids in zip(names, numbers, strict=True)
+    ]
     return tuple(_Table(w, store, k, ids) for w, k, ids in zip(writers, names, numbers, strict=True))
 
 
@@ -206,20 +207,19 @@ class _Work:
                 advance(len(step.load))
 
     def _lacks(self, step: Step) -> bool:
-        lone = any(number in table.missing for table, number in map(self._square, step.load))
-        return lone or not self.pairs.missing.isdisjoint(step.pairs)
+        return any(map(self._lacks_square, step.load)) or not self.pairs.missing.isdisjoint(step.pairs)
 
     def _load(self, step: Step) -> None:
         """Pass a batch, and keep what the plan holds of it."""
         rows = [k for k, node in enumerate(step.load) if self.planned.get(node) is step]
         side = 0 if step.load[0] < self.q else 1
         records = self.job.records(side, [node - side * self.q for node in step.load])
-        for k, kept in zip(rows, self.compactor.take(records, rows), strict=True):
-            node = step.load[k]
-            self.held[node] = kept
+        self.held |= dict(zip((step.load[k] for k in rows), self.compactor.take(records, rows), strict=True))
+        lone = [node for k, node in enumerate(step.load) if k in rows and self._lacks_square(node)]
+        squares = products([(self.held[node], self.held[node]) for node in lone]).cpu() if lone else ()
+        for node, values in zip(lone, squares, strict=True):
             table, number = self._square(node)
-            if number in table.missing:
-                table.write(number, products(kept, kept).cpu())
+            table.write(number, values)
         taken = sum(kept.bytes for kept in self.held.values())
         if taken > self.job.memory:
             warnings.warn(
@@ -229,15 +229,21 @@ class _Work:
             )
 
     def _take(self, step: Step) -> None:
-        for number in step.pairs:
-            if number in self.pairs.missing:
-                left, right = (self._kept(node) for node in self._nodes(number))
-                self.pairs.write(number, products(left, right).cpu())
+        numbers = [number for number in step.pairs if number in self.pairs.missing]
+        for start in range(0, len(numbers), SHARD):
+            part = sorted(numbers[start : start + SHARD], key=self._nodes)
+            pairs = [tuple(self._kept(node) for node in self._nodes(number)) for number in part]
+            for number, values in zip(part, products(pairs).cpu(), strict=True):
+                self.pairs.write(number, values)
 
     def _kept(self, node: int) -> Kept:
         if node not in self.held:  # its batch was passed over
             self._load(self.planned[node])
         return self.held[node]
+
+    def _lacks_square(self, node: int) -> bool:
+        table, number = self._square(node)
+        return number in table.missing
 
     def _square(self, node: int) -> tuple[_Table, int]:
         return (self.queries, node) if node < self.q else (self.train, node - self.q)

@@ -99,7 +99,9 @@ def plan_all(examples: Examples, *, memory: int, batches: Batches) -> list[Step]
     sides = [[node for node, side in enumerate(examples.sides) if side == k] for k in (0, 1)]
     largest = [max(examples.bytes[node] for node in side) for side in sides]
     _check_memory(memory, sum(largest))
-    windows = [max(other, min(memory // WINDOW, memory - own)) for own, other in zip(largest, largest[::-1], strict=True)]
+    windows = [
+        max(other, min(memory // WINDOW, memory - own)) for own, other in zip(largest, largest[::-1], strict=True)
+    ]
     blocks = [list(_blocks(examples, side, memory - w)) for side, w in zip(sides, windows, strict=True)]
     costs = [len(sides[k]) + len(blocks[k]) * len(sides[1 - k]) for k in (0, 1)]
     kept = 0 if costs[0] <= costs[1] else 1

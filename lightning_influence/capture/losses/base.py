@@ -45,6 +45,14 @@ class ExampleLoss(ABC):
                 labels in whatever batch it stands.
         """
 
+    def where_supervised(self) -> ExampleLoss:
+        """The same losses, and the same gradients, without passing outputs that no target looks at.
+
+        For those who take gradients and nothing else: which positions an output layer is run on may then depend on
+        the batch, so that moments of its inputs would too.
+        """
+        return self
+
     def batch_size(self, batch: Batch) -> int:
         """Number of examples n of a batch."""
         return batch_size(batch)

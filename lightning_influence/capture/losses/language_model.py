@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal, cast
 
 import torch
@@ -36,16 +37,23 @@ class LanguageModelLoss(ExampleLoss):
         self.reduction = reduction
         self.shift = shift and not encoder_decoder
         self.encoder_decoder = encoder_decoder
+        self._trim = False
+
+    def where_supervised(self) -> LanguageModelLoss:
+        """With the head of a model that takes ``logits_to_keep`` run on columns only in which a row has a label."""
+        twin = copy.copy(self)
+        twin._trim = not self.encoder_decoder
+        return twin
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """[n]: minus log-likelihood of the labels."""
-        labels = self._targets(batch)
-        return self._reduced(self._logits(model, batch), labels, labels != IGNORED)
+        labels, kept = self._kept(model, batch)
+        return self._reduced(self._logits(model, batch, kept), labels, labels != IGNORED)
 
     def sampled_losses(self, model: nn.Module, batch: Batch, uniforms: Uniforms) -> Tensor:
         """[n]: the same at the same positions, tokens drawn from the model's distribution there."""
-        labels = self._targets(batch)
-        logits = self._logits(model, batch)
+        labels, kept = self._kept(model, batch)
+        logits = self._logits(model, batch, kept)
         mask = labels != IGNORED
         # Counting supervised positions, not columns, makes the draw independent of padding and its side.
         draws = uniforms(mask.cumsum(1)).to(logits.device)
@@ -75,15 +83,28 @@ class LanguageModelLoss(ExampleLoss):
             return labels
         return torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)], dim=1)
 
-    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
+    def _kept(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Labels [n, kept], and the columns that are kept; None for all."""
+        labels = self._targets(batch)
+        if not self._trim or "logits_to_keep" in batch or "logits_to_keep" not in _arguments(runnable(model)):
+            return labels, None
+        kept = (labels != IGNORED).any(0).nonzero().flatten()
+        return (labels, None) if len(kept) in (0, labels.shape[1]) else (labels[:, kept], kept)
+
+    def _logits(self, model: nn.Module, batch: Batch, kept: Tensor | None) -> Tensor:
         labels = cast(Tensor, batch["labels"])
         network = runnable(model)
-        inputs = {**_without_cache(network), **{key: value for key, value in batch.items() if key != "labels"}}
+        # Keys and values kept for generation are of no use here, and a recomputed layer would add them twice.
+        settings = {"use_cache": False} if "use_cache" in _arguments(network) else {}
+        inputs = {**settings, **{key: value for key, value in batch.items() if key != "labels"}}
+        if kept is not None:
+            inputs["logits_to_keep"] = kept
         if self.encoder_decoder and "decoder_input_ids" not in inputs:
             shifted = network.prepare_decoder_input_ids_from_labels(labels=labels)  # type: ignore[operator]
             inputs["decoder_input_ids"] = shifted
         logits = predictions(network, inputs)
-        if logits.dim() != 3 or logits.shape[:2] != labels.shape:
+        columns = labels.shape[1] if kept is None else len(kept)
+        if logits.dim() != 3 or logits.shape[:2] != (len(labels), columns):
             raise ValueError(
                 f"LanguageModelLoss: the model gave logits of shape {tuple(logits.shape)} for labels "
                 f"{tuple(labels.shape)}; expected [n, t, V]."
@@ -100,11 +121,11 @@ class LanguageModelLoss(ExampleLoss):
         return total if self.reduction == "sum" else total / mask.sum(1).clamp_min(1)
 
 
-def _without_cache(network: nn.Module) -> dict[str, bool]:
-    """Keys and values kept for generation are of no use here, and a recomputed layer would add them twice."""
+def _arguments(network: nn.Module) -> Collection[str]:
+    """Names of what the model takes."""
     adapted = getattr(network, "get_base_model", None)  # peft hands unknown arguments on
     base = network if adapted is None else adapted()
-    return {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
+    return inspect.signature(base.forward).parameters.keys()
 
 
 def _mostly(mask: Tensor) -> bool:
