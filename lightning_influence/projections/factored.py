@@ -12,11 +12,11 @@ from torch import Tensor
 from lightning_influence.capture.component import Component
 from lightning_influence.capture.contexts import full_precision
 from lightning_influence.capture.record import FactoredRecord, IndexedRecord, LayerRecord, SumRecord
-from lightning_influence.projections.base import Projection, generator, matrix_shape, pieces
+from lightning_influence.projections.base import Projection, device_of, generator, matrix_shape, pieces
 from lightning_influence.projections.fold import Fold, random_signs
 
 PIECE = 2**20  # elements of one intermediate, so that it is still in the cache when it is read again
-BLOCK = 2**20  # random signs drawn at a time, 4 MiB
+BLOCK = 2**20  # random signs drawn at a time, 4 MiB; more only where one row of the folded gradient is longer
 
 Rows = Callable[[int, int], Tensor]  # (start, stop) -> those rows of the folded gradients, [n, stop - start, w], anew
 
@@ -67,7 +67,7 @@ class FactoredProjection(Projection):
     def project(self, component: Component, record: LayerRecord) -> Tensor:
         """[n, k_c]."""
         size = self.size_of(component)
-        left, right = self._folds(component, record.ids.device)
+        left, right = self._folds(component, device_of(record))
         height, width = len(left.order), len(right.order)
         shape, elements = matrix_shape(component), min(height * width, BLOCK) + _elements(record, height, width)
         parts = pieces(record, elements, PIECE)

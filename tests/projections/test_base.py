@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -11,10 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_influence.capture.record import DenseRecord, FactoredRecord, SumRecord
+from lightning_influence.capture.record import DenseRecord, FactoredRecord, LayerRecord, SumRecord
 from lightning_influence.errors import NotFittedError
 from lightning_influence.projections import PROJECTIONS, FactoredProjection, LoGra, Projection, TrakProjection
-from lightning_influence.projections.base import allocate, matrix_shape, pieces, stable_seed
+from lightning_influence.projections.base import allocate, device_of, matrix_shape, pieces, stable_seed
 from tests.projections.cases import SHAPES, component, dense, flat, normal, record
 
 Build = Callable[..., Projection]
@@ -278,6 +279,21 @@ def test_shares_are_of_the_parameters() -> None:
 def test_matrix_shape() -> None:
     shapes = {(): (1, 1), (7,): (1, 7), (3, 4): (3, 4), (3, 4, 5): (3, 20)}
     assert {shape: matrix_shape(component("x", shape)) for shape in shapes} == shapes
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_the_device_is_that_of_the_gradients(case: str) -> None:
+    """Ids stay on the CPU."""
+    found = record(*SHAPES[case])
+    assert device_of(found) == torch.device("cpu")
+    assert device_of(moved(found)) == torch.device("meta")
+
+
+def moved(found: LayerRecord) -> LayerRecord:
+    if isinstance(found, SumRecord):
+        return SumRecord(found.ids, tuple(moved(part) for part in found.parts))
+    tensors = {key: value.to("meta") for key, value in vars(found).items() if isinstance(value, torch.Tensor)}
+    return replace(found, **{**tensors, "ids": found.ids})
 
 
 def test_pieces() -> None:
