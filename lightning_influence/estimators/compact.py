@@ -62,7 +62,8 @@ def shapes_of(records: Sequence[LayerRecord], length: int, padded: int) -> tuple
     Args:
         records: One for each component, n = 1.
         length: Positions of the example.
-        padded: The same with its padding; layers with as many positions are taken to have one for each.
+        padded: The same with its padding; a layer with several positions, but no more than that, is taken to have up
+            to one for each.
     """
     inputs = [id(record.inputs) if isinstance(record, FactoredRecord) else None for record in records]
     return tuple(
@@ -73,7 +74,7 @@ def shapes_of(records: Sequence[LayerRecord], length: int, padded: int) -> tuple
 def _shape(record: LayerRecord, length: int, padded: int, sharing: int) -> Shape:
     if isinstance(record, FactoredRecord):
         _, t, i, o = record.sizes
-        return Shape(1, True, i, o, sharing) if t == padded > 1 else Shape(t, False, i, o, sharing)
+        return Shape(1, True, i, o, sharing) if 1 < t <= padded else Shape(t, False, i, o, sharing)
     if isinstance(record, SumRecord):
         parts = [_shape(part, length, padded, 1) for part in record.parts]
         scales = any(part.scales for part in parts)
@@ -81,7 +82,7 @@ def _shape(record: LayerRecord, length: int, padded: int, sharing: int) -> Shape
         return Shape(1, scales, 0, int(width + 1))
     if isinstance(record, IndexedRecord):
         t, d = record.gradients.shape[1:]
-        return Shape(1, True, 0, d + 2) if t == padded > 1 else Shape(t, False, 0, d + 2)  # an index is two numbers
+        return Shape(1, True, 0, d + 2) if 1 < t <= padded else Shape(t, False, 0, d + 2)  # an index is two numbers
     return Shape(1, False, 0, record.example_numel)
 
 

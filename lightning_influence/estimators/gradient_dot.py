@@ -13,7 +13,8 @@ from lightning_influence.capture import ExampleLoader
 from lightning_influence.curvature.base import loss_for
 from lightning_influence.estimators.base import Estimator, check_supervised
 from lightning_influence.estimators.component_dots import ComponentDots
-from lightning_influence.estimators.pair_dots import Bar, PairDots, Side, checked_pairs, tqdm_bar
+from lightning_influence.estimators.pair_dots import Bar, PairDots, tqdm_bar
+from lightning_influence.estimators.pair_inputs import Side, checked_pairs
 from lightning_influence.estimators.pair_plan import Batches
 from lightning_influence.store import Store
 

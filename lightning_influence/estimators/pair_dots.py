@@ -6,16 +6,17 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from lightning_influence.capture import ExampleLoader, ExampleLoss, GradientCapture
-from lightning_influence.capture.batches import leaves, to_device
+from lightning_influence.capture import GradientCapture, LayerRecord
+from lightning_influence.capture.batches import to_device
 from lightning_influence.estimators.compact import Compactor, Kept, shapes_of
 from lightning_influence.estimators.component_dots import ComponentDots, read_columns
+from lightning_influence.estimators.pair_inputs import Side, positions
 from lightning_influence.estimators.pair_plan import Batches, Examples, Step, num_visits, plan, plan_all
 from lightning_influence.estimators.products import products
 from lightning_influence.store import RowWriter, Store
@@ -23,33 +24,6 @@ from lightning_influence.store import RowWriter, Store
 Advance: TypeAlias = Callable[[int], object]
 Bar: TypeAlias = Callable[[int], AbstractContextManager[Advance]]  # of a number of examples
 SHARD = 64  # pairs in one file of a store: what a kill can cost
-
-
-@dataclass(frozen=True)
-class Side:
-    """Queries or training examples: the data, the rows of it that take part, and their loss."""
-
-    loader: ExampleLoader
-    loss: ExampleLoss
-
-    def batch(self, rows: Sequence[int]) -> tuple[Tensor, Any]:
-        """(ids, batch) of some rows, counted within the loader."""
-        ids = [self.loader.ids[k] for k in rows]
-        return next(iter(ExampleLoader(self.loader, batch_size=len(ids), indices=ids)))
-
-    def lengths(self) -> list[int]:
-        """Positions of each example: those of its mask, or of its tokens; 1 where there is no such thing."""
-        found: list[int] = []
-        for ids, batch in self.loader:
-            mask = self.loss.position_mask(batch)
-            found += mask.sum(1).clamp_min(1).tolist() if mask is not None else [positions(batch)] * len(ids)
-        return found
-
-
-def positions(batch: Any) -> int:
-    """Positions of a batch without a mask: t of the first tokens [n, t], else 1."""
-    tokens = [x for x in leaves(batch) if isinstance(x, Tensor) and x.dim() == 2 and not x.is_floating_point()]
-    return tokens[0].shape[1] if tokens else 1
 
 
 @dataclass(frozen=True)
@@ -84,7 +58,7 @@ class PairDots:
         numbers = [number for step in steps for number in step.pairs]
         visited = list(dict.fromkeys(node for step in steps for node in step.load))
         tables = _tables(store, name, numbers, [v for v in visited if v < q], [v - q for v in visited if v >= q])
-        work = _Work(self, compactor, q, n, *tables)
+        work = _Work(self, compactor, q, n, tables)
         with bar(num_visits(steps)) as advance:
             work.run(steps, advance)
         return self._labelled(formula, store, name, tables)
@@ -111,7 +85,7 @@ class PairDots:
         shapes = shapes_of(records, lengths[0], padded)
         return Compactor.of(shapes, sum(lengths) / len(lengths), pairs, self.dtype)
 
-    def records(self, side: int, rows: Sequence[int]) -> Iterator[Any]:
+    def records(self, side: int, rows: Sequence[int]) -> Iterator[LayerRecord]:
         """Records of some rows of a side; the capture is active."""
         loader, loss = self.sides[side], self.sides[side].loss
         ids, batch = loader.batch(rows)
@@ -165,13 +139,14 @@ class _Table:
         return torch.stack([self._rows[k] for k in range(len(self._rows))], dim=1)
 
 
-def _tables(store: Store | None, name: str, *numbers: Sequence[int]) -> tuple[_Table, ...]:
+def _tables(store: Store | None, name: str, *numbers: Sequence[int]) -> tuple[_Table, _Table, _Table]:
     """Of the pairs, the queries and the training examples; the rows of each in the order in which they come."""
     names = [f"{name}.{part}" for part in ("pairs", "queries", "train")]
     writers = [
         None if store is None else store.row_writer(k, ids, SHARD) for k, ids in zip(names, numbers, strict=True)
     ]
-    return tuple(_Table(w, store, k, ids) for w, k, ids in zip(writers, names, numbers, strict=True))
+    pairs, queries, train = (_Table(w, store, k, ids) for w, k, ids in zip(writers, names, numbers, strict=True))
+    return pairs, queries, train
 
 
 @dataclass
@@ -186,9 +161,7 @@ class _Work:
     compactor: Compactor
     q: int
     n: int
-    pairs: _Table
-    queries: _Table
-    train: _Table
+    tables: tuple[_Table, _Table, _Table]  # of pairs, queries, training examples
     planned: dict[int, Step] = field(default_factory=dict)  # nodes that the plan holds now: the step that loaded each
     held: dict[int, Kept] = field(default_factory=dict)
 
@@ -207,7 +180,7 @@ class _Work:
                 advance(len(step.load))
 
     def _lacks(self, step: Step) -> bool:
-        return any(map(self._lacks_square, step.load)) or not self.pairs.missing.isdisjoint(step.pairs)
+        return any(map(self._lacks_square, step.load)) or not self.tables[0].missing.isdisjoint(step.pairs)
 
     def _load(self, step: Step) -> None:
         """Pass a batch, and keep what the plan holds of it."""
@@ -223,18 +196,18 @@ class _Work:
         taken = sum(kept.bytes for kept in self.held.values())
         if taken > self.job.memory:
             warnings.warn(
-                f"memory_budget={self.job.memory}: {len(self.held)} examples take {taken} bytes, more than was foreseen "
-                "from the first one. Give a smaller budget if memory is short.",
+                f"memory_budget={self.job.memory}: {len(self.held)} examples take {taken} bytes, more than the first "
+                "one let foresee. Give a smaller budget if memory is short.",
                 stacklevel=2,
             )
 
     def _take(self, step: Step) -> None:
-        numbers = [number for number in step.pairs if number in self.pairs.missing]
+        numbers = [number for number in step.pairs if number in self.tables[0].missing]
         for start in range(0, len(numbers), SHARD):
             part = sorted(numbers[start : start + SHARD], key=self._nodes)
-            pairs = [tuple(self._kept(node) for node in self._nodes(number)) for number in part]
+            pairs = [(self._kept(left), self._kept(right)) for left, right in map(self._nodes, part)]
             for number, values in zip(part, products(pairs).cpu(), strict=True):
-                self.pairs.write(number, values)
+                self.tables[0].write(number, values)
 
     def _kept(self, node: int) -> Kept:
         if node not in self.held:  # its batch was passed over
@@ -246,7 +219,7 @@ class _Work:
         return number in table.missing
 
     def _square(self, node: int) -> tuple[_Table, int]:
-        return (self.queries, node) if node < self.q else (self.train, node - self.q)
+        return (self.tables[1], node) if node < self.q else (self.tables[2], node - self.q)
 
     def _nodes(self, number: int) -> tuple[int, int]:
         a, b = divmod(number, self.n) if self.job.pairs is None else self.job.pairs[number]
@@ -258,41 +231,3 @@ def tqdm_bar(total: int, label: str, progress: bool) -> Iterator[Advance]:
     """A bar with the time that remains, on what takes more than a few seconds."""
     with tqdm(total=total, desc=label, delay=3, unit="example", leave=False, disable=not progress) as bar:
         yield bar.update
-
-
-def checked_pairs(
-    call: str, candidates: Any, queries: ExampleLoader, train: ExampleLoader
-) -> tuple[list[tuple[int, int]], list[int]]:
-    """Candidates by id as pairs of (row of the query, place among the ids that occur), and those ids in order.
-
-    Args:
-        call: How the caller's code reads, for the error text.
-        candidates: For each query ids of training examples: a list of lists, or a tensor [q, k].
-        queries: The queries.
-        train: The training examples.
-
-    Raises:
-        ValueError: If there is not one list for each query, a list is empty, an id is not in the training data, or
-            one stands in a list twice.
-    """
-    rows = [[int(k) for k in row] for row in candidates]
-    if len(rows) != queries.num_examples:
-        raise ValueError(f"`{call}`: expected one list for each of {queries.num_examples} queries, got {len(rows)}.")
-    known = set(train.ids)
-    problems = {
-        "without a candidate": [name for name, row in zip(queries.ids, rows, strict=True) if not row],
-        "with ids that are not in the training data": [
-            name for name, row in zip(queries.ids, rows, strict=True) if not known.issuperset(row)
-        ],
-        "with an id twice": [name for name, row in zip(queries.ids, rows, strict=True) if len(set(row)) < len(row)],
-    }
-    found = [f"{len(names)} {what} (queries {names[:5]})" for what, names in problems.items() if names]
-    if found:
-        raise ValueError(
-            f"`{call}`: expected for each query at least one id of the {train.num_examples} training examples, each "
-            f"once. Got {'; '.join(found)}."
-        )
-    occurring = {k for row in rows for k in row}
-    ids = [k for k in train.ids if k in occurring]
-    place = {k: position for position, k in enumerate(ids)}
-    return [(query, place[k]) for query, row in enumerate(rows) for k in row], ids

@@ -237,7 +237,7 @@ def _groups(examples: Examples, visits: Iterable[Visit], room: int) -> Iterator[
 def _steps(
     examples: Examples, nodes: Iterable[int], pairs: Sequence[int], drop: Sequence[int], batches: Batches
 ) -> list[Step]:
-    """Nodes as batches, longest examples first; what is dropped goes before the first, pairs are taken after the last."""
+    """Nodes as batches, longest examples first; what is dropped goes before them, pairs are taken after the last."""
     loads: list[list[int]] = []
     for node in sorted(nodes, key=lambda n: (examples.sides[n], -examples.lengths[n], n)):
         if loads and _fits(examples, loads[-1], node, batches):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -81,7 +81,7 @@ def _factored_rays(centre: FactoredRecord, others: Sequence[FactoredRecord], inp
     inner = inputs.once(keys, lambda: widened(centre.inputs[0]) @ _end_to_end([o.inputs[0] for o in others]).mT)
     outer = widened(centre.gradients[0]) @ _end_to_end([o.gradients[0] for o in others]).mT
     sums = outer.mul_(inner).sum(0)  # [positions of all others]
-    return torch.stack([part.sum() for part in sums.split([o.sizes[1] for o in others])])
+    return torch.stack([part.sum() for part in torch.split(sums, [o.sizes[1] for o in others])])
 
 
 def _end_to_end(parts: Sequence[Tensor]) -> Tensor:

@@ -45,7 +45,7 @@ class LayerCall:
         return first_tensor(self.args, self.kwargs)
 
     def once(self, what: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        """Something made of the input: the same tensor for layers that were handed the same input one soon after another.
+        """Something made of the input: the same tensor for layers that were handed the same input in short order.
 
         Queries, keys and values multiply one hidden state; who compares many examples needs its products once.
 
