@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from lightning_influence.selection.component_objective import EVALUATE, Block, Objective, Sums, unit_deviations
 from lightning_influence.selection.component_pairs import ComponentPairs
 
-_BLOCK_ON_CPU = 2**18  # numbers: buffers of so many float64 stay in the cache while a dozen operations pass over them
+_BLOCK_ON_CPU = 2**19  # numbers: buffers of so many float64 stay in the cache while a dozen operations pass over them
 _BLOCK_ELSEWHERE = 2**25
 
 
@@ -20,7 +20,7 @@ class ComponentSearch:
 
     Holds a copy of the products in float64, 8 · (2ck + c) · q bytes, in which the true source comes first and the
     components that can still be taken are kept together. Sums are float64. Work on the CPU needs at most another
-    32 · max(2¹⁸, ck) bytes however many queries there are, as a block has at least one query.
+    32 · max(2¹⁹, ck) bytes however many queries there are, as a block has at least one query.
 
     Attributes:
         left: Rows of the components that can still be taken, in the order of the scores.
@@ -34,7 +34,7 @@ class ComponentSearch:
         buffers = torch.empty(4, c * max(2, k) * min(size, q), dtype=torch.float64, device=pairs.dots.device)
         self._evaluate = EVALUATE[objective]
         starts = range(0, q, size)
-        self._blocks = [_Queries(pairs.queries(range(at, min(at + size, q))), eps, buffers) for at in starts]
+        self._blocks = [_Queries(pairs, slice(at, at + size), eps, buffers) for at in starts]
 
     def alone(self) -> Tensor:
         """Objective of S, [1]; of all components at the start."""
@@ -65,7 +65,7 @@ class ComponentSearch:
     def _scores(self, sums: Callable[[_Queries], Sums]) -> Tensor:
         """Mean over queries, on the CPU."""
         parts = (self._evaluate(sums(block), block.block) for block in self._blocks)
-        total = sum(part.sum(1, dtype=torch.float64) for part in parts)
+        total = sum(part.sum(1).double() for part in parts)
         assert isinstance(total, Tensor)
         return total.cpu() / self.num_queries
 
@@ -73,9 +73,9 @@ class ComponentSearch:
 class _Queries:
     """The products and sums of one block of queries."""
 
-    def __init__(self, pairs: ComponentPairs, eps: float, buffers: Tensor) -> None:
-        dots, squares, valid = (_source_first(part, pairs.target) for part in _wide(pairs))
-        self._rows = (dots, squares, pairs.query_squares.to(torch.float64, copy=True))
+    def __init__(self, pairs: ComponentPairs, own: slice, eps: float, buffers: Tensor) -> None:
+        dots, squares, valid = (_source_first(part[..., own, :], pairs.target[own]) for part in _wide(pairs))
+        self._rows = (dots, squares, pairs.query_squares[:, own].to(torch.float64, copy=True))
         self._taken = [torch.zeros_like(part[0]) for part in self._rows]
         self._buffers = buffers
         padding = None if bool(valid.all()) else ~valid

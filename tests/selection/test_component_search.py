@@ -45,7 +45,7 @@ def test_all_but_one(count):
 
 
 def test_memory_does_not_grow_with_the_queries():
-    few, many = (ComponentSearch(noisy_pairs(6, q), "mrr")._blocks[0]._buffers.numel() for q in (9_000, 30_000))
+    few, many = (ComponentSearch(noisy_pairs(6, q), "mrr")._blocks[0]._buffers.numel() for q in (18_000, 30_000))
     assert few == many <= 4 * component_search._BLOCK_ON_CPU
 
 
