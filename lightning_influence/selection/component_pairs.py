@@ -69,11 +69,13 @@ class ComponentPairs:
         """
         wanted = _sources(dots, sources)
         columns, counts = _columns(dots)
-        rows = torch.zeros(len(dots.query_ids), max(counts), dtype=torch.long)
+        device = dots.dots.device
+        query, row = dots.pairs.T.to(device)
+        rows = torch.zeros(len(dots.query_ids), max(counts), dtype=torch.long, device=device)
         place = torch.zeros_like(rows)
-        rows[dots.pairs[:, 0], columns] = dots.pairs[:, 1]
-        place[dots.pairs[:, 0], columns] = torch.arange(len(dots.pairs))
-        valid = torch.arange(rows.shape[1]) < torch.tensor(counts)[:, None]
+        rows[query, columns.to(device)] = row
+        place[query, columns.to(device)] = torch.arange(len(dots.pairs), device=device)
+        valid = torch.arange(rows.shape[1], device=device) < torch.tensor(counts, device=device)[:, None]
         return cls(
             components=tuple(dots.components),
             sizes=tuple(dots.sizes),
@@ -236,7 +238,7 @@ def _target(dots: ComponentDots, wanted: Sequence[Id], rows: Tensor, valid: Tens
             f"{len(named)} are not in the pool, such as (query, source) {unknown[:8]}. Pass the true sources as "
             "`must_include` to the filter that finds the candidates, and ids of the same type as there."
         )
-    hits = (rows == torch.tensor([place[source] for source in wanted])[:, None]) & valid
+    hits = (rows == torch.tensor([place[source] for source in wanted], device=rows.device)[:, None]) & valid
     lost = [pair for pair, found in zip(named, hits.any(1).tolist(), strict=True) if not found]
     if lost:
         raise ValueError(

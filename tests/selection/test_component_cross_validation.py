@@ -9,9 +9,9 @@ import torch
 from lightning_influence.metrics.intervals import wilson_interval
 from lightning_influence.metrics.retrieval import retrieval_accuracy
 from lightning_influence.selection.component_cross_validation import cross_validate_components, group_numbers
-from lightning_influence.selection.component_greedy import component_values, greedy_components
+from lightning_influence.selection.component_greedy import component_score, component_values, greedy_components
 from lightning_influence.selection.component_objective import OBJECTIVES
-from tests.selection.component_cases import noisy_pairs
+from tests.selection.component_cases import noisy_pairs, of_gradients
 
 PAIRS = noisy_pairs(12, 61, noise=6.0)
 
@@ -84,6 +84,28 @@ def test_interval_of_the_others_is_over_queries_at_half_their_number():
     half = 1.96 * values.std().item() / math.sqrt(31)
     assert found.interval[0] == pytest.approx(values.mean().item() - half, abs=1e-4)
     assert found.interval[1] <= 1
+
+
+def drawn(q, generator):
+    """Queries of one population: the same eight components, each with its blur, and queries that differ in it."""
+    topic = torch.randn(8, q, 6, generator=generator, dtype=torch.float64)
+    candidates = topic[:, :, None] + torch.randn(8, q, 5, 6, generator=generator, dtype=torch.float64)
+    blur = torch.linspace(1, 3, 8, dtype=torch.float64)[:, None, None]
+    blur = blur * torch.randn(1, q, 1, generator=generator, dtype=torch.float64).mul(0.7).exp()
+    queries = candidates[:, :, 0] + blur * torch.randn(8, q, 6, generator=generator, dtype=torch.float64)
+    return of_gradients(queries, candidates, torch.zeros(q, dtype=torch.long))
+
+
+@pytest.mark.parametrize("objective", ["accuracy", "mrr"])
+def test_interval_holds_the_truth(objective):
+    """In 95 of 100 studies it should hold what such a choice is worth on the whole population."""
+    generator = torch.Generator().manual_seed(0)
+    population = drawn(3000, generator)
+    studies = [cross_validate_components(drawn(60, generator), objective) for _ in range(100)]
+    worth = [component_score(population, study.splits[0].selection, objective) for study in studies]
+    truth = sum(worth) / len(worth)
+    assert sum(low <= truth <= high for low, high in (study.interval for study in studies)) >= 90
+    assert sum(study.in_sample for study in studies) / 100 > truth + 0.02
 
 
 def test_options_reach_the_choice():
