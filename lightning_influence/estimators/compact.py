@@ -82,7 +82,8 @@ def _shape(record: LayerRecord, length: int, padded: int, sharing: int) -> Shape
         return Shape(1, scales, 0, int(width + 1))
     if isinstance(record, IndexedRecord):
         t, d = record.gradients.shape[1:]
-        return Shape(1, True, 0, d + 2) if 1 < t <= padded else Shape(t, False, 0, d + 2)  # an index is two numbers
+        width = d + 4  # an index takes as much as four numbers of half precision
+        return Shape(1, True, 0, width) if 1 < t <= padded else Shape(t, False, 0, width)
     return Shape(1, False, 0, record.example_numel)
 
 
