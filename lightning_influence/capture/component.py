@@ -79,9 +79,10 @@ def find_components(model: nn.Module, select: Select = None) -> list[Component]:
     Args:
         model: Any module. It is only read.
         select: ``None`` for everything trainable; a preset (``"all-linear"``, ``"mlp"``, ``"attention"``,
-            ``"embedding"``, ``"lora"``), a module name or a regular expression searched in module names; an
-            iterable of those; or a callable ``(module name, module) -> bool``. A frozen layer that is named
-            is taken with all its parameters; of a partly trainable one the trainable parameters are taken.
+            ``"embedding"``, ``"lora"``), the name of a module or component, or a regular expression searched in
+            module names; an iterable of those, such as a `ComponentSelection`; or a callable
+            ``(module name, module) -> bool``. A frozen layer that is named is taken with all its parameters; of a
+            partly trainable one the trainable parameters are taken.
             A parameter that several modules use is taken with all of them; a head that is tied to an embedding
             belongs to ``"embedding"``, not to ``"all-linear"``.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -68,33 +69,61 @@ def _holders(model: nn.Module) -> Iterator[tuple[str, list[tuple[str, nn.Paramet
 
 
 def taken(owners: list[Owner], select: Select) -> set[int]:
-    """Identities of the parameters to look at; complex ones have no real gradient and are left out."""
-    found: set[int] = set()
-    for owner in owners if select is None else _selected(owners, select):
-        real = [p for p in owner.parameters.values() if p.is_floating_point()]
-        trainable = [p for p in real if p.requires_grad]
-        found |= {id(p) for p in (real if select is not None and not trainable else trainable)}
-    return found
+    """Identities of the parameters to look at; complex ones have no real gradient and are left out.
 
-
-def _selected(owners: list[Owner], select: Select) -> list[Owner]:
+    Raises:
+        ValueError: If a name or expression matches nothing.
+    """
+    if select is None:
+        return {id(p) for owner in owners for p in _real(owner) if p.requires_grad}
     if callable(select):
-        return [owner for owner in owners if any(select(label, owner.module) for label in owner.labels)]
+        return _of_all(owner for owner in owners if any(select(label, owner.module) for label in owner.labels))
     kinds: dict[int, str] = {}  # of the first module that holds a parameter: a tied head counts as the embedding
     for owner in owners:
         for parameter in owner.parameters.values():
             kinds.setdefault(id(parameter), rule_for(owner.module).kind)
-    found: set[str] = set()
-    for want in [select] if isinstance(select, str) else list(select or ()):
-        hits = {owner.name for owner in owners if _matches(want, owner, kinds)}
-        if not hits:
-            raise ValueError(
-                f"find_components(select={want!r}): no module with parameters matches. Expected one of the presets "
-                f"{sorted(PRESETS)}, a module name or a regular expression; the model has "
-                f"{[owner.name for owner in owners][:8]}..."
-            )
-        found |= hits
-    return [owner for owner in owners if owner.name in found]
+    wants = [select] if isinstance(select, str) else list(select)
+    return {found for want in wants for found in _named(want, owners, kinds)}
+
+
+def _named(want: str, owners: list[Owner], kinds: dict[int, str]) -> set[int]:
+    """Parameters of the modules that are called so or else match; or of the one component that is called so."""
+    exact = [owner for owner in owners if want in owner.labels and want not in PRESETS]
+    hits = exact or [owner for owner in owners if _matches(want, owner, kinds)]
+    found = _of_all(hits) if hits else _component(want, owners)
+    if not found:
+        names = [owner.name for owner in owners]
+        near = difflib.get_close_matches(want, [*PRESETS, *names], n=3, cutoff=0.0)
+        raise ValueError(
+            f"find_components(select={want!r}): no module with parameters matches. Expected one of the presets "
+            f"{sorted(PRESETS)}, a module name or a regular expression; the nearest are {near}, and the model has "
+            f"{names[:8]}..."
+        )
+    return found
+
+
+def _of_all(owners: Iterable[Owner]) -> set[int]:
+    """What is trainable of each module, or everything of one that is frozen."""
+    found: set[int] = set()
+    for owner in owners:
+        real = _real(owner)
+        trainable = [p for p in real if p.requires_grad]
+        found |= {id(p) for p in trainable or real}
+    return found
+
+
+def _component(want: str, owners: list[Owner]) -> set[int]:
+    """A component with the name of a parameter: it is one of several in its module, and those it is tied with."""
+    users: dict[int, list[str]] = {}
+    for owner in owners:
+        for parameter in _real(owner):
+            users.setdefault(id(parameter), []).append(owner.name)
+    named = [id(p) for o in owners for k, p in o.parameters.items() if f"{o.name}.{k}".lstrip(".") == want]
+    return {key for key, names in users.items() if named and names == users.get(named[0])}
+
+
+def _real(owner: Owner) -> list[nn.Parameter]:
+    return [p for p in owner.parameters.values() if p.is_floating_point()]
 
 
 def _matches(want: str, owner: Owner, kinds: dict[int, str]) -> bool:
@@ -102,4 +131,4 @@ def _matches(want: str, owner: Owner, kinds: dict[int, str]) -> bool:
         first = next(iter(owner.parameters.values()))
         return kinds[id(first)] == {"all-linear": "linear", "embedding": "embedding"}[want]
     pattern = PRESETS.get(want) or want
-    return any(want == label or re.search(pattern, label) is not None for label in owner.labels)
+    return any(re.search(pattern, label) is not None for label in owner.labels)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -19,6 +21,7 @@ from lightning_influence.errors import UnsupportedLayerError
 from tests.capture import models
 from tests.capture.models import Mlp
 from tests.cases import Prefixed
+from tests.curvature.models import Mixed
 
 
 def test_components_follow_the_modules() -> None:
@@ -128,3 +131,24 @@ def test_components_of_another_model_are_refused() -> None:
         check_components(Mlp(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 3)), components)
     with pytest.raises(ValueError, match=r"2 of 2 components are not those of this Linear: layers\.0: .*no attribute"):
         check_components(nn.Linear(2, 2), components)
+
+
+@pytest.mark.parametrize("build", [models.gpt2, models.llama, models.bert, models.t5, Mixed])
+def test_names_of_components_select_them(build: Callable[[], nn.Module]) -> None:
+    """Also of those that are one of several in their module, or are tied."""
+    model = build()
+    components = find_components(model)
+    assert find_components(model, [c.name for c in components]) == components
+    for component in components:
+        assert find_components(model, component.name) == [component]
+
+
+def test_a_name_is_not_taken_for_the_beginning_of_others() -> None:
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(12)))
+    assert [c.name for c in find_components(model, ["1"])] == ["1"]
+    assert [c.name for c in find_components(model, "^1")] == ["1", "10", "11"]
+
+
+def test_the_nearest_names_are_told() -> None:
+    with pytest.raises(ValueError, match=r"the nearest are \['model\.layers\.0\.self_attn\.q_proj'"):
+        find_components(models.llama(), "model.layers.0.self_attn.q_porj")
