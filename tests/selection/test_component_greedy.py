@@ -128,6 +128,15 @@ def test_equal_components_go_by_their_place(direction):
     assert greedy_components(twins, direction=direction).order == ("c", "a", "b")[: 3 if direction == "forward" else 2]
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_components_that_differ_by_rounding_alone_are_tied(seed):
+    """Three times the gradient has the same cosines, in numbers that round otherwise."""
+    one = noisy_pairs(1, seed=seed)
+    dots, own, other = (torch.cat([part, 9 * part]) for part in parts(one)[:3])
+    pairs = ComponentPairs(("short", "long"), (1, 1), dots, own, other, one.target)
+    assert greedy_components(pairs, "similarity").order == ("short", "long")
+
+
 def test_a_tie_is_a_miss():
     """Parallel gradients of other lengths have the same cosine exactly: 3/√18 = 1/√2, in numbers that round."""
     queries = torch.tensor([[[1.0, 0.0]]])
