@@ -23,10 +23,45 @@ from lightning_influence.capture import (
 from lightning_influence.curvature import EKFAC, KFAC, Curvature, Exact, Identity
 from lightning_influence.datamodule import DataSelector
 from lightning_influence.errors import NotFittedError, StoreError, UnsupportedLayerError
-from lightning_influence.estimators import Estimator, GradientDot, InfluenceFunction, Interactions, Scores
-from lightning_influence.filters import BM25Filter, Filter
-from lightning_influence.metrics import ClassEntropy, class_entropy
-from lightning_influence.selection import InteractionGreedy, Random, Selection, SelectionRule, TopK
+from lightning_influence.estimators import (
+    ComponentDots,
+    Estimator,
+    GradientDot,
+    InfluenceFunction,
+    Interactions,
+    ProjectedDot,
+    Scores,
+    pair_products,
+)
+from lightning_influence.evaluation import (
+    RetrievalReport,
+    RetrievalSetting,
+    candidate_recall,
+    evaluate_retrieval,
+)
+from lightning_influence.filters import BM25Filter, Filter, KNNFilter, TfidfFilter
+from lightning_influence.metrics import (
+    ClassEntropy,
+    RetrievalAccuracy,
+    class_entropy,
+    mean_reciprocal_rank,
+    recall_at_k,
+    retrieval_accuracy,
+    retrieval_ranks,
+)
+from lightning_influence.projections import FactoredProjection, LoGra, Projection, TrakProjection
+from lightning_influence.selection import (
+    ComponentPath,
+    ComponentSelection,
+    InteractionGreedy,
+    Random,
+    Selection,
+    SelectionRule,
+    TopK,
+    cross_validate_components,
+    greedy_components,
+    single_component_scores,
+)
 from lightning_influence.selection.pipeline import select_training_data
 from lightning_influence.store import Store
 
@@ -44,8 +79,19 @@ __all__ = [  # noqa: RUF022  in the order in which data flows
     "FunctionLoss",
     "Filter",
     "BM25Filter",
+    "TfidfFilter",
+    "KNNFilter",
     "ClassEntropy",
     "class_entropy",
+    "RetrievalAccuracy",
+    "retrieval_accuracy",
+    "retrieval_ranks",
+    "mean_reciprocal_rank",
+    "recall_at_k",
+    "Projection",
+    "FactoredProjection",
+    "LoGra",
+    "TrakProjection",
     "Curvature",
     "Identity",
     "KFAC",
@@ -55,6 +101,9 @@ __all__ = [  # noqa: RUF022  in the order in which data flows
     "Estimator",
     "Scores",
     "GradientDot",
+    "ComponentDots",
+    "ProjectedDot",
+    "pair_products",
     "InfluenceFunction",
     "Interactions",
     "Selection",
@@ -63,6 +112,15 @@ __all__ = [  # noqa: RUF022  in the order in which data flows
     "TopK",
     "Random",
     "select_training_data",
+    "greedy_components",
+    "single_component_scores",
+    "cross_validate_components",
+    "ComponentPath",
+    "ComponentSelection",
+    "evaluate_retrieval",
+    "RetrievalSetting",
+    "RetrievalReport",
+    "candidate_recall",
     "Recorder",
     "GradientDotRecorder",
     "CurvatureRecorder",

@@ -7,6 +7,16 @@ from lightning_influence.estimators.component_dots import ComponentDots
 from lightning_influence.estimators.gradient_dot import GradientDot
 from lightning_influence.estimators.group_influence import Interactions
 from lightning_influence.estimators.influence_function import InfluenceFunction
+from lightning_influence.estimators.projected_dot import ProjectedDot, pair_products
 from lightning_influence.estimators.scores import Scores
 
-__all__ = ["ComponentDots", "Estimator", "GradientDot", "InfluenceFunction", "Interactions", "Scores"]
+__all__ = [
+    "ComponentDots",
+    "Estimator",
+    "GradientDot",
+    "InfluenceFunction",
+    "Interactions",
+    "ProjectedDot",
+    "Scores",
+    "pair_products",
+]

@@ -18,9 +18,11 @@ from lightning_influence import (
     Estimator,
     Exact,
     ExampleLoader,
+    FactoredProjection,
     GradientDot,
     InfluenceFunction,
     LanguageModelLoss,
+    ProjectedDot,
     RegressionLoss,
 )
 from lightning_influence.estimators.base import check_supervised
@@ -38,6 +40,7 @@ def influence(model: nn.Module, train: Any = TRAIN, **options: Any) -> Influence
 MEMBERS: dict[str, Build] = {
     "GradientDot": lambda model, train=TRAIN, **options: GradientDot(model, **options),
     "InfluenceFunction": influence,
+    "ProjectedDot": lambda model, train=TRAIN, **options: ProjectedDot(model, FactoredProjection(1.0), **options),
 }
 
 
