@@ -1,0 +1,29 @@
+"""Tables and pictures of what was measured."""
+
+from __future__ import annotations
+
+from lightning_influence.report.component_curves import ShareCurve, held_out_curve, path_curve, prefix_ranks
+from lightning_influence.report.component_plots import depth_plot, share_plot
+from lightning_influence.report.component_tables import (
+    best_line,
+    csv_text,
+    kind_table,
+    layer_of,
+    markdown,
+    method_table,
+)
+
+__all__ = [
+    "ShareCurve",
+    "best_line",
+    "csv_text",
+    "depth_plot",
+    "held_out_curve",
+    "kind_table",
+    "layer_of",
+    "markdown",
+    "method_table",
+    "path_curve",
+    "prefix_ranks",
+    "share_plot",
+]
