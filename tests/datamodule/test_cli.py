@@ -8,6 +8,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from lightning_influence.callbacks.records import find_records
 from lightning_influence.curvature import EKFAC
+from lightning_influence.estimators import ComponentDots
 from lightning_influence.selection import TopK
 from lightning_influence.store import Store
 
@@ -35,6 +36,8 @@ trainer:
         class_path: tests.datamodule.toys.Rows
         init_args: {{n: 3}}
       candidates: [[0, 1], [2, 3], [4, 5]]
+      memory_budget: 1000000
+      batch_positions: 64
       when: fit_end
 model:
   class_path: tests.datamodule.toys.Net
@@ -74,5 +77,5 @@ def test_callbacks_and_datamodule_from_a_file(tmp_path, monkeypatch):
     assert isinstance(selector._options["curvature"], EKFAC)
     [curvature] = find_records(next(tmp_path.rglob("curvature")))
     assert Store.open(curvature.path).read_curvature("curvature").settings()["damping"] == 0.1
-    [scores] = find_records(next(tmp_path.rglob("gradient_dot")))
-    assert Store.open(scores.path).read_scores("scores").train_ids == tuple(range(6))
+    [dots] = find_records(next(tmp_path.rglob("gradient_dot")))
+    assert ComponentDots.load(Store.open(dots.path)).candidates() == [[0, 1], [2, 3], [4, 5]]
