@@ -9,6 +9,7 @@ from lightning_influence.estimators.group_influence import Interactions
 from lightning_influence.estimators.influence_function import InfluenceFunction
 from lightning_influence.estimators.projected_dot import ProjectedDot, pair_products
 from lightning_influence.estimators.scores import Scores
+from lightning_influence.estimators.tracin import TracIn
 
 __all__ = [
     "ComponentDots",
@@ -18,5 +19,6 @@ __all__ = [
     "Interactions",
     "ProjectedDot",
     "Scores",
+    "TracIn",
     "pair_products",
 ]
