@@ -14,7 +14,7 @@ from lightning_influence.capture import Component, ExampleLoader, ExampleLoss, G
 from lightning_influence.capture.batches import to_device
 from lightning_influence.capture.component import Select
 from lightning_influence.capture.sampling import Uniforms
-from lightning_influence.curvature.base import loss_for
+from lightning_influence.curvature.base import Curvature, loss_for
 from lightning_influence.estimators.scores import Scores
 
 Loss: TypeAlias = ExampleLoss | Callable[[nn.Module, Any], Tensor] | None
@@ -99,7 +99,7 @@ class Estimator(ABC):
         if labels not in ("data", "sampled"):
             raise ValueError(f"`{type(self).__name__}.score(labels={labels!r})`: expected 'data' or 'sampled'.")
         left, right = self._loader(queries), self._loader(train)
-        check_supervised(self.model, left, self.loss)
+        self._check_queries(left)
         blocks = []
         for block in self._query_blocks(left):
             gradients = self._query_gradients(block, labels, seed)
@@ -110,7 +110,7 @@ class Estimator(ABC):
             query_ids=tuple(left.ids),
             train_ids=tuple(right.ids),
             formula=", ".join(filter(None, notes)),
-            reduction=loss_for(self.model, left, self.loss).reduction,
+            reduction=self._reduction(left, right),
             components=tuple(c.name for c in self.components) if per_component else None,
             damping=self.damping,
         )
@@ -123,13 +123,19 @@ class Estimator(ABC):
             UnsupportedLayerError: If a component has no per-example gradient.
         """
         loader = self._loader(queries)
-        check_supervised(self.model, loader, self.loss)
+        self._check_queries(loader)
         with self.capture:
             for records in self._records(loader, "checking queries", labels, seed):
                 next(records)  # the first record takes the passes, all others follow from them
 
     def _loader(self, data: Any) -> ExampleLoader:
         return ExampleLoader(data, self.batch_size)
+
+    def _check_queries(self, queries: ExampleLoader) -> None:
+        check_supervised(self.model, queries, self.loss)
+
+    def _reduction(self, queries: ExampleLoader, train: ExampleLoader) -> str:
+        return loss_for(self.model, queries, self.loss).reduction
 
     def _query_blocks(self, loader: ExampleLoader) -> Iterator[ExampleLoader]:
         wide = any(parameter.dtype == torch.float64 for parameter in self.model.parameters())
@@ -205,6 +211,14 @@ def check_supervised(model: nn.Module, loader: ExampleLoader, loss: Loss) -> Non
             f"{len(silent)} of {loader.num_examples} queries have no supervised target (ids {silent[:8]}); expected "
             "at least one label other than -100 in each. Remove them, or check the label mask."
         )
+
+
+def damping_label(curvature: Curvature) -> str | None:
+    """Description of a curvature's damping, for the labels of scores."""
+    settings = curvature.settings()
+    if settings.get("damping") is not None:
+        return f"{settings['damping']}"
+    return f"{settings['damping_share']} x mean eigenvalue" if "damping_share" in settings else None
 
 
 def _sampled(loss: ExampleLoss, ids: Tensor, seed: int) -> Callable[[nn.Module, Any], Tensor]:

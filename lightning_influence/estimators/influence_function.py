@@ -14,7 +14,7 @@ from lightning_influence.capture import Component
 from lightning_influence.capture.component import Select
 from lightning_influence.curvature import EKFAC, Curvature
 from lightning_influence.errors import NotFittedError
-from lightning_influence.estimators.base import Estimator, Loss
+from lightning_influence.estimators.base import Estimator, Loss, damping_label
 from lightning_influence.store import Store
 
 
@@ -71,10 +71,7 @@ class InfluenceFunction(Estimator):
     @property
     def damping(self) -> str | None:
         """Damping of the curvature."""
-        settings = self.curvature.settings()
-        if settings.get("damping") is not None:
-            return f"{settings['damping']}"
-        return f"{settings['damping_share']} x mean eigenvalue" if "damping_share" in settings else None
+        return damping_label(self.curvature)
 
     def fit(self, train: Any) -> Self:
         """Fit the curvature on the training data, unless it is fitted already."""
