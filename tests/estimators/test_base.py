@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-import lightning_influence
 from lightning_influence import (
     EKFAC,
     ClassificationLoss,
@@ -24,7 +23,9 @@ from lightning_influence import (
     LanguageModelLoss,
     ProjectedDot,
     RegressionLoss,
+    estimators,
 )
+from lightning_influence.estimators import CKA, MultiStageInfluence
 from lightning_influence.estimators.base import check_supervised
 from tests import oracles
 from tests.curvature.models import Mixed, Tokens, loss_of, mlp, normal, points, ready, texts, token_rows
@@ -33,19 +34,32 @@ Build = Callable[..., Estimator]
 TRAIN, QUERIES = token_rows(9), token_rows(4, seed=3)
 
 
+def everything(name: str, module: nn.Module) -> bool:
+    return True
+
+
 def influence(model: nn.Module, train: Any = TRAIN, **options: Any) -> InfluenceFunction:
     return InfluenceFunction(model, EKFAC(fisher="empirical"), **options).fit(train)
 
 
+def two_stages(model: nn.Module, train: Any = TRAIN, components: Any = everything, **options: Any) -> Estimator:
+    """Of one model, whose heads and normalisation are asked for by name."""
+    stages = [EKFAC(fisher="empirical") for _ in range(2)]
+    options["query_loss"] = options.get("loss")
+    return MultiStageInfluence(model, model, *stages, components=components, **options).fit(train, train)
+
+
 MEMBERS: dict[str, Build] = {
+    "CKA": lambda model, train=TRAIN, **options: CKA(model, **options),
     "GradientDot": lambda model, train=TRAIN, **options: GradientDot(model, **options),
     "InfluenceFunction": influence,
+    "MultiStageInfluence": two_stages,
     "ProjectedDot": lambda model, train=TRAIN, **options: ProjectedDot(model, FactoredProjection(1.0), **options),
 }
 
 
 def test_the_list_holds_every_member() -> None:
-    public = [getattr(lightning_influence, name) for name in lightning_influence.__all__]
+    public = [getattr(estimators, name) for name in estimators.__all__]
     members = [c for c in public if isinstance(c, type) and issubclass(c, Estimator) and c is not Estimator]
     assert {c.__name__ for c in members} == set(MEMBERS)
 
