@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning_influence.report.component_curves import ShareCurve, held_out_curve, path_curve, prefix_ranks
+from lightning_influence.report.component_importance import ComponentImportance, component_importance
 from lightning_influence.report.component_plots import depth_plot, share_plot
 from lightning_influence.report.component_tables import (
     best_line,
@@ -14,8 +15,10 @@ from lightning_influence.report.component_tables import (
 )
 
 __all__ = [
+    "ComponentImportance",
     "ShareCurve",
     "best_line",
+    "component_importance",
     "csv_text",
     "depth_plot",
     "held_out_curve",
