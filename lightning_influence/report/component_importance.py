@@ -172,7 +172,7 @@ class ComponentImportance:
             ModuleNotFoundError: If matplotlib is not installed.
         """
         values, layers, kinds = self.grid()
-        figure, panels = _figure(len(self.checkpoints), len(layers), len(kinds))
+        figure, panels = _figure(len(self.checkpoints), len(layers), kinds)
         low, high = self._scale()
         for number, axes in enumerate(panels):
             if number >= len(self.checkpoints):
@@ -183,7 +183,7 @@ class ComponentImportance:
             axes.set_title(self._title(number), fontsize=10)
             _ticks(axes, layers, kinds)
         bar = figure.colorbar(image, ax=panels, fraction=0.04, pad=0.02, aspect=30)
-        bar.set_label(MEASURES[self.measure], fontsize=9)
+        figure.suptitle(MEASURES[self.measure], fontsize=11)
         bar.ax.tick_params(labelsize=8)
         if path is not None:
             figure.savefig(path, dpi=150)
@@ -254,7 +254,7 @@ def _number(value: float) -> str:
     return f"{value:.3f}"
 
 
-def _figure(panels: int, layers: int, kinds: int) -> tuple[Figure, list[Axes]]:
+def _figure(panels: int, layers: int, kinds: Sequence[str]) -> tuple[Figure, list[Axes]]:
     """A figure of its own: no window, no global state."""
     try:
         from matplotlib.figure import Figure
@@ -264,8 +264,9 @@ def _figure(panels: int, layers: int, kinds: int) -> tuple[Figure, list[Axes]]:
         ) from None
     down = -(-panels // _PANELS)
     across = -(-panels // down)
-    width, height = 1.4 + across * (0.7 + 0.25 * max(kinds, 6)), down * (1.6 + 0.2 * max(layers, 8))
-    figure = Figure(figsize=(width, height), layout="constrained")
+    longest = max(map(len, kinds))  # written upwards below the panel
+    width, height = 1.4 + across * (0.7 + 0.25 * max(len(kinds), 6)), 0.8 + 0.08 * longest + 0.2 * max(layers, 8)
+    figure = Figure(figsize=(width, 0.4 + down * height), layout="constrained")
     axes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
     return figure, list(axes.flatten())
 
