@@ -67,14 +67,17 @@ class CandidateDots:
         queries, train = self.recording.examples(queries), self.recording.examples(self.train)
         candidates = [self.candidates[k] for k in rows]
         estimator = self.estimator(queries)
-        return estimator.pairs(
-            queries,
-            train,
-            candidates,
-            batch_positions=self.batch_positions,
-            store=self._store(estimator, queries, candidates),
-            bar=self.recording.progress,
-        )
+
+        def work() -> ComponentDots:
+            store = self._store(estimator, queries, candidates)
+            options: dict[str, Any] = {"batch_positions": self.batch_positions, "store": store}
+            return estimator.pairs(queries, train, candidates, bar=self.recording.progress, **options)
+
+        try:
+            return work()
+        except StoreError:  # of other weights or settings, planned by another version, or damaged: not worth keeping
+            shutil.rmtree(self._folder, ignore_errors=True)
+            return work()
 
     def _store(self, estimator: GradientDot, queries: ExampleLoader, candidates: Sequence[Sequence[int]]) -> Store:
         settings: dict[str, Any] = {
@@ -86,11 +89,7 @@ class CandidateDots:
             "memory_budget": estimator.memory_budget,
             "batch": [self.batch_positions, estimator.batch_size],
         }
-        try:
-            return Store.resume(self._folder, estimator.model, estimator.components, **settings)
-        except StoreError:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            return Store.create(self._folder, estimator.model, estimator.components, **settings)
+        return Store.resume(self._folder, estimator.model, estimator.components, **settings)
 
     @property
     def _folder(self) -> Path:

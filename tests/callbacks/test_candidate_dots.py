@@ -84,8 +84,10 @@ def numbers(record) -> ComponentDots:
 
 
 @USED_FOLDER
-@pytest.mark.parametrize("candidates", [CANDIDATES, CANDIDATES[::-1]])
-def test_a_killed_recording_goes_on_where_it_stopped(candidates, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("candidates", "damaged"), [(CANDIDATES, False), (CANDIDATES, True), (CANDIDATES[::-1], False)]
+)
+def test_a_killed_recording_goes_on_where_it_stopped(candidates, damaged, tmp_path, monkeypatch):
     monkeypatch.setattr(pair_dots, "SHARD", 2)
     with monkeypatch.context() as patch:
         every, whole = recorded(tmp_path / "whole", patch)
@@ -93,6 +95,8 @@ def test_a_killed_recording_goes_on_where_it_stopped(candidates, tmp_path, monke
         recorded(tmp_path / "killed", patch, after=10)
     root = tmp_path / "killed" / "influence" / "gradient_dot"
     assert [path.name for path in (root / FOLDER).iterdir()] == ["step=00000004"]
+    for file in root.rglob("*.safetensors") if damaged else ():
+        file.write_bytes(file.read_bytes()[::-1])
     with monkeypatch.context() as patch:
         ckpt_path = str(next((tmp_path / "killed").glob("*.ckpt")))
         passed, recorder = recorded(tmp_path / "killed", patch, ckpt_path=ckpt_path, candidates=candidates)
@@ -103,7 +107,7 @@ def test_a_killed_recording_goes_on_where_it_stopped(candidates, tmp_path, monke
         assert at_step_4 == len(every)
         assert right.candidates() == candidates
         return
-    assert 0 < at_step_4 < len(every)
+    assert at_step_4 > len(every) if damaged else 0 < at_step_4 < len(every)
     for name in ("pairs", "dots", "query_squares", "train_squares"):
         assert torch.equal(getattr(left, name), getattr(right, name)), name
 
