@@ -16,9 +16,9 @@ from torch import Tensor
 from lightning_influence.capture import LayerRecord
 from lightning_influence.capture.record import DenseRecord, FactoredRecord
 from lightning_influence.curvature.base import symmetric
+from lightning_influence.curvature.common import Common, add_gram
 
 DENSE_LIMIT = 1024  # parameters up to which a block without Kronecker structure is kept exactly
-SPLIT = 256  # width of the tiles in which only one half of a symmetric product is computed
 ROTATED = 1 << 20  # elements of per-example products that are squared at a time, to stay in cache
 
 
@@ -37,11 +37,11 @@ class Block(ABC):
         self.fitted: dict[str, Tensor] = {}
 
     @abstractmethod
-    def update(self, record: LayerRecord, second: bool) -> None:
+    def update(self, record: LayerRecord, second: bool, common: Common | None = None) -> None:
         """Take in a record; ``second`` when the basis is already known."""
 
     @abstractmethod
-    def finish(self, second: bool) -> None:
+    def finish(self, second: bool, common: Common | None = None) -> None:
         """Turn the sums of a pass into what remains."""
 
     @abstractmethod
@@ -72,37 +72,37 @@ class KroneckerBlock(Block):
 
     kind = "kronecker"
 
-    def update(self, record: LayerRecord, second: bool) -> None:
+    def update(self, record: LayerRecord, second: bool, common: Common | None = None) -> None:
         """Covariances over positions, or squares of the rotated gradients over examples."""
         assert isinstance(record, FactoredRecord)
+        common = Common() if common is None else common
         if second:
-            self._squares(record)
+            self._squares(record, common)
             return
-        inputs, gradients = record.inputs, record.gradients
-        if record.mask is not None and not bool(record.mask.all()):
-            inputs, gradients = inputs[record.mask], gradients[record.mask]
-        inputs, gradients = inputs.reshape(-1, inputs.shape[-1]), gradients.reshape(-1, gradients.shape[-1])
+        _, _, i, o = record.sizes
+        mask = None if record.mask is None or bool(record.mask.all()) else record.mask
+        gradients = record.gradients.reshape(-1, o) if mask is None else record.gradients[mask]
         if "input_covariance" not in self.sums:
-            for name, rows in (("input_covariance", inputs), ("gradient_covariance", gradients)):
-                self.sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
-        add_gram(self.sums["input_covariance"], inputs)
+            for name, width in (("input_covariance", i), ("gradient_covariance", o)):
+                self.sums[name] = gradients.new_zeros(width, width)
+        common.add_input_gram(self.sums["input_covariance"], record.inputs, mask)
         add_gram(self.sums["gradient_covariance"], gradients)
-        self._count("positions", len(inputs))
+        self._count("positions", len(gradients))
         self._count("examples", len(record))
 
-    def finish(self, second: bool) -> None:
+    def finish(self, second: bool, common: Common | None = None) -> None:
         """Eigendecompositions in float64 after the first pass, the mean of the squares after the second."""
         if second:
             self.fitted["eigenvalues"] = self.sums["squares"] / self.sums["examples"]
             self.sums = {}
             return
         positions, examples = float(self.sums["positions"]), float(self.sums["examples"])
+        common = Common() if common is None else common
         values = {}
         for name in ("input", "gradient"):
             covariance = self.sums[f"{name}_covariance"]
-            spectrum, basis = torch.linalg.eigh(symmetric(mirrored(covariance)) / positions)
+            spectrum, self.fitted[f"{name}_basis"] = common.eigenvectors(covariance, positions)
             values[name] = spectrum.clamp_min(0)
-            self.fitted[f"{name}_basis"] = basis.to(covariance.dtype)
         scale = positions / examples
         self.fitted["eigenvalues"] = (scale * torch.outer(values["gradient"], values["input"])).to(covariance.dtype)
         self.sums = {}
@@ -117,7 +117,7 @@ class KroneckerBlock(Block):
         rotated = left.mT @ gradients.to(left.dtype) @ right
         return left @ (rotated / (self.eigenvalues() + damping)) @ right.mT
 
-    def _squares(self, record: FactoredRecord) -> None:
+    def _squares(self, record: FactoredRecord, common: Common) -> None:
         """Sum over examples of (Q_S^T g Q_A)^2; the factors are rotated when that is the smaller job."""
         n, t, i, o = record.sizes
         left, right = self.fitted["gradient_basis"], self.fitted["input_basis"]
@@ -126,12 +126,12 @@ class KroneckerBlock(Block):
         self._count("examples", n)
         total = self.sums["squares"]
         if t == 1:
-            s, a = record.gradients[:, 0] @ left, record.inputs[:, 0] @ right
-            total.addmm_(s.square_().mT, a.square_())
+            s, a = record.gradients[:, 0] @ left, common.rotated(record.inputs, right)[:, 0]
+            total.addmm_(s.square_().mT, a.square())
             return
         step = max(1, ROTATED // (o * i))
         if t * (o * o + i * i) <= o * i * (o + i):
-            s, a = record.gradients @ left, record.inputs @ right
+            s, a = record.gradients @ left, common.rotated(record.inputs, right)
             for k in range(0, n, step):
                 _add_squares(total, torch.bmm(s[k : k + step].mT, a[k : k + step]))
         else:
@@ -145,7 +145,7 @@ class DenseBlock(Block):
 
     kind = "dense"
 
-    def update(self, record: LayerRecord, second: bool) -> None:
+    def update(self, record: LayerRecord, second: bool, common: Common | None = None) -> None:
         """One outer product per example, in the first pass."""
         if second:
             return
@@ -153,7 +153,7 @@ class DenseBlock(Block):
         self._add("moments", rows.mT @ rows)
         self._count("examples", len(record))
 
-    def finish(self, second: bool) -> None:
+    def finish(self, second: bool, common: Common | None = None) -> None:
         """Decompose."""
         if second:
             return
@@ -178,7 +178,7 @@ class DiagonalBlock(Block):
 
     kind = "diagonal"
 
-    def update(self, record: LayerRecord, second: bool) -> None:
+    def update(self, record: LayerRecord, second: bool, common: Common | None = None) -> None:
         """Sum of squares over examples, in the first pass."""
         if second:
             return
@@ -186,7 +186,7 @@ class DiagonalBlock(Block):
             self._add("squares", part.example_gradients().square().sum(0))
         self._count("examples", len(record))
 
-    def finish(self, second: bool) -> None:
+    def finish(self, second: bool, common: Common | None = None) -> None:
         """Mean of the squares."""
         if second:
             return
@@ -220,19 +220,6 @@ def load_block(state: Mapping[str, Tensor]) -> Block:
     block = BLOCKS[kind]()
     block.fitted = {key.split(".")[1]: value for key, value in state.items()}
     return block
-
-
-def add_gram(total: Tensor, rows: Tensor) -> None:
-    """Add ``rows^T rows`` to the upper triangle, tile by tile: about half the multiplications of the whole."""
-    d = rows.shape[1]
-    width = SPLIT if d >= 2 * SPLIT else d
-    for k in range(0, d, width):
-        total[k : k + width, k:].addmm_(rows[:, k : k + width].mT, rows[:, k:])
-
-
-def mirrored(total: Tensor) -> Tensor:
-    """The symmetric matrix whose upper triangle `add_gram` summed up."""
-    return total.triu() + total.triu(1).mT
 
 
 def _add_squares(total: Tensor, gradients: Tensor) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_influence.capture import Component, LayerRecord
 from lightning_influence.curvature.base import Curvature, Fisher, check_fisher
 from lightning_influence.curvature.blocks import Block, block_for, load_block
+from lightning_influence.curvature.common import Common
 from lightning_influence.curvature.damping import check_damping, damping_of
 from lightning_influence.errors import StoreError
 
@@ -40,17 +42,22 @@ class BlockwiseCurvature(Curvature):
         self.blocks: dict[str, Block] = {}
         self._pass = 0
         self._seen: set[str] = set()
+        self._common, self._batch = Common(), torch.empty(0)
 
     def start(self, components: Sequence[Component]) -> None:
         """Begin the first pass."""
         super().start(components)
         self.blocks, self._pass, self._seen = {}, 0, set()
+        self._common, self._batch = Common(), torch.empty(0)
 
     def update(self, component: Component, record: LayerRecord) -> None:
         """Covariances in the first pass, squares in their eigenbasis in the second."""
         if component.name not in self.blocks:
             self.blocks[component.name] = block_for(record)
-        self.blocks[component.name].update(record, second=self._pass == 1)
+        if record.ids is not self._batch:  # records of a batch come with the same ids
+            self._batch = record.ids
+            self._common.next_batch()
+        self.blocks[component.name].update(record, self._pass == 1, self._common)
         self._seen.add(component.name)
 
     def finish_pass(self) -> None:
@@ -66,10 +73,10 @@ class BlockwiseCurvature(Curvature):
                 "expected at least one example in every pass."
             )
         for block in self.blocks.values():
-            block.finish(second=self._pass == 1)
+            block.finish(self._pass == 1, self._common)
             # In memory as it will be read back from a store, so that solving rounds in the same way.
             block.fitted = {key: value.contiguous() for key, value in block.fitted.items()}
-        self._pass, self._seen = self._pass + 1, set()
+        self._pass, self._seen, self._common = self._pass + 1, set(), Common()
         self.fitted = self._pass == self.num_passes
 
     def solve(self, component: Component, gradients: Tensor) -> Tensor:

@@ -9,18 +9,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_influence.capture.record import DenseRecord, FactoredRecord, IndexedRecord, LayerRecord, SumRecord
-from lightning_influence.curvature import blocks
+from lightning_influence.curvature import blocks, common
 from lightning_influence.curvature.blocks import (
     DENSE_LIMIT,
     Block,
     DenseBlock,
     DiagonalBlock,
     KroneckerBlock,
-    add_gram,
     block_for,
     load_block,
-    mirrored,
 )
+from lightning_influence.curvature.common import add_gram, mirrored
 from tests import oracles
 from tests.curvature.models import normal
 
@@ -165,7 +164,7 @@ def test_blocks_keep_the_precision_of_the_gradients(kind: type[Block]) -> None:
 
 @pytest.mark.parametrize("d", [1, 3, 7, 8, 9])
 def test_half_of_a_gram_matrix_is_enough(d: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "SPLIT", 3)
+    monkeypatch.setattr(common, "SPLIT", 3)
     rows, total = normal(5, d), torch.zeros(d, d).double()
     add_gram(total, rows[:2])
     add_gram(total, rows[2:])
