@@ -36,7 +36,8 @@ TOPICS = (
         "How do I cook {0} for {1}?",
         "Could you tell me a way to prepare {0} when {1} will be eating?",
         "Wash the {0}, season with salt and roast everything for half an hour. That amount suits {1}.",
-        "Rinse your {0}, sprinkle some spices and bake until tender, about 30 minutes; make enough so that {1} get full.",
+        "Rinse your {0}, sprinkle some spices and bake until tender, about 30 minutes; make enough "
+        "so that {1} get full.",
         "potatoes = spuds; eggplants = aubergines; courgettes = zucchini; prawns = shrimp; chickpeas = garbanzo beans",
         "two people = a couple; six people = half a dozen guests; my kids = the children; a crowd = lots of visitors",
     ),
@@ -55,7 +56,8 @@ TOPICS = (
         "What is the right month to put {0} into the soil of {1}?",
         "Plant {0} after the last frost. In {1} they need water every second day.",
         "Wait until nights stay above freezing before setting {0}; {1} must be kept moist.",
-        "tulips = spring bulbs; maize = sweetcorn; lettuces = salad greens; beetroots = red beets; berries = soft fruit",
+        "tulips = spring bulbs; maize = sweetcorn; lettuces = salad greens; beetroots = red beets; "
+        "berries = soft fruit",
         "a pot = a container; a greenhouse = a glasshouse; sandy ground = light earth; a shady yard = a dark backyard",
     ),
     _topic(
@@ -125,7 +127,8 @@ TOPICS = (
         "Suggest a plan for mastering {0} {1}.",
         "Split {0} into small parts, repeat them daily and test yourself. It works {1} too.",
         "Divide the material of {0} into pieces, review each day, take quizzes; this succeeds {1} as well.",
-        "chemistry = the science of substances; algebra = equations with unknowns; Spanish vocabulary = words of Castilian; "
+        "chemistry = the science of substances; algebra = equations with unknowns; Spanish "
+        "vocabulary = words of Castilian; "
         "anatomy = the parts of the body; music theory = harmony and rhythm",
         "in a week = within seven days; without a tutor = on my own; before an exam = ahead of a test; "
         "with a job = next to full-time work",
@@ -146,9 +149,11 @@ TOPICS = (
         "Is the {0} a good instrument for {1}?",
         "Would {1} do well to take up the {0}?",
         "Yes, the {0} is easy to begin with. After three months of practice {1} can play simple songs.",
-        "Certainly: starting the {0} is not hard, and {1} can manage short tunes once they have trained for a quarter of a year.",
+        "Certainly: starting the {0} is not hard, and {1} can manage short tunes once they have "
+        "trained for a quarter of a year.",
         "violin = fiddle; piano = keyboard; flute = woodwind pipe; drum kit = percussion set; guitar = six-string",
-        "beginners = newcomers; small hands = people with short fingers; pensioners = seniors; a toddler = a very young child",
+        "beginners = newcomers; small hands = people with short fingers; pensioners = seniors; a "
+        "toddler = a very young child",
     ),
     _topic(
         "repairs",
@@ -158,7 +163,8 @@ TOPICS = (
         "Shut the main supply, remove dirt from the {0}, swap damaged pieces, and air {1} afterwards.",
         "dripping tap = leaking faucet; blocked drain = clogged pipe; loose tile = unstuck wall plate; "
         "squeaky door = noisy hinge; cold radiator = dead heater",
-        "the bathroom = the washroom; the cellar = the basement; a rented flat = a leased apartment; the attic = the loft",
+        "the bathroom = the washroom; the cellar = the basement; a rented flat = a leased "
+        "apartment; the attic = the loft",
     ),
     _topic(
         "gifts",

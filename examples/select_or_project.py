@@ -51,7 +51,7 @@ WEIGHTS = ["_proj$", "embed_tokens"]  # every weight matrix; the head is tied to
 POSITIONS = 1024  # tokens of a batch
 SAMPLE = 24  # examples on which bare passes are timed
 TOGETHER = 8  # examples that are projected at a time
-TINY_STEPS = 200
+TINY_STEPS = 10
 
 
 class Bench:
@@ -136,19 +136,7 @@ def load(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 def component_dots(bench: Bench, stages: Stages) -> dict[str, ComponentDots]:
     """Products of every query with its candidates, by component, all settings in one go: base rows are passed once."""
-    run = bench.run
-    distinct = len(bench.pairs) + len(bench.queried)
-    dots = GradientDot(bench.model, components=bench.components, memory_budget=run.memory)
-    resumed = "component_dots.pairs" in bench.store.contents["rows"]
-    with stages.stage("component dot products", distinct, bench.positions(), resumed=resumed) as stage:
-        whole = dots.pairs(
-            bench.queries,
-            bench.base,
-            bench.candidates,
-            batch_positions=POSITIONS,
-            store=bench.store,
-            bar=stage.bar,
-        )
+    whole = _recorded(bench, stages)
     n, found = len(bench.pairs), {}
     for k, setting in enumerate(bench.pairs.queries):
         own = (whole.pairs[:, 0] >= k * n) & (whole.pairs[:, 0] < (k + 1) * n)
@@ -158,6 +146,24 @@ def component_dots(bench: Bench, stages: Stages) -> dict[str, ComponentDots]:
             whole, query_ids=tuple(range(n)), pairs=pairs, dots=whole.dots[:, own], query_squares=squares
         )
     return found
+
+
+def _recorded(bench: Bench, stages: Stages) -> ComponentDots:
+    """From the folder when all of it is there; else taken, going on where an earlier run stopped."""
+    kept = bench.store.contents
+    if "component_dots" in kept["json"]:
+        return ComponentDots.load(bench.store)
+    dots = GradientDot(bench.model, components=bench.components, memory_budget=bench.run.memory)
+    name, distinct = "component dot products", len(bench.pairs) + len(bench.queried)
+    with stages.stage(name, distinct, bench.positions(), resumed="component_dots.pairs" in kept["rows"]) as stage:
+        return dots.pairs(
+            bench.queries,
+            bench.base,
+            bench.candidates,
+            batch_positions=POSITIONS,
+            store=bench.store,
+            bar=stage.bar,
+        )
 
 
 def projections(run: Run) -> Iterator[tuple[str, Projection]]:

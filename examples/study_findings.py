@@ -92,24 +92,30 @@ def _nearly_always(report: RetrievalReport, setting: str) -> Finding:
     line = report.line("full gradient", setting=setting)
     low, high = line.accuracy_interval or (line.accuracy, line.accuracy)
     verdict = HOLDS if low > NEARLY_ALWAYS else FAILS if high < NEARLY_ALWAYS else UNTOLD
-    claim = f"The full gradient nearly always finds the row that was reworded (above {NEARLY_ALWAYS}; [SP] 0.993)"
+    claim = f"The full gradient nearly always finds the source (above {NEARLY_ALWAYS}; [SP] 0.993 for paraphrases)"
     return Finding(claim, setting, verdict, f"accuracy {line.accuracy:.3f} ({low:.3f} to {high:.3f})")
 
 
 def _harder(hits: Mapping[str, Hits], rewritten: str) -> Finding:
     values = hits[rewritten].found["full gradient"] - hits[GENERATED].found["full gradient"]
     difference = Difference("", rewritten, GENERATED, float(values.mean()), _around(values))
-    claim = "The model's own answers are harder than reworded rows for the full gradient ([SP] 0.218 against 0.993)"
+    claim = f"{GENERATED.capitalize()} queries are harder than {rewritten} ones ([SP] 0.218 against 0.993)"
     return Finding(claim, "both", difference.better, f"difference {difference}")
 
 
 def _greedy(report: RetrievalReport, hits: Hits, setting: str) -> Iterator[Finding]:
-    whole, chosen = (report.line(group, setting=setting) for group in ("full gradient", "greedy, in-sample"))
-    share = chosen.share or 0.0
-    verdict = HOLDS if chosen.accuracy >= whole.accuracy and share < FEW else FAILS
-    numbers = f"{chosen.accuracy:.3f} with {100 * share:.3g} %, full gradient {whole.accuracy:.3f}"
-    claim = f"Chosen components with less than {100 * FEW:g} % of the parameters do at least as well as all, "
-    yield Finding(f"{claim}on the queries that they were chosen on", setting, verdict, numbers)
+    path, whole = report.choices[setting].path, report.line("full gradient", setting=setting)
+    claim = (
+        f"Chosen components with less than {100 * FEW:g} % of the parameters do at least as well as all on the queries "
+    )
+    few = [(score, -share) for score, share in zip(path.scores, path.shares, strict=True) if share < FEW]
+    if few:
+        score, share = max(few)
+        verdict = HOLDS if score >= whole.accuracy else FAILS
+        numbers = f"{score:.3f} with {-100 * share:.3g} %, full gradient {whole.accuracy:.3f}"
+    else:
+        verdict, numbers = FAILS, f"the first one chosen has {100 * path.shares[0]:.3g} %"
+    yield Finding(f"{claim}that they were chosen on", setting, verdict, numbers)
     difference = hits.held_out_minus("full gradient")
     held = report.line("greedy, held-out", setting=setting)
     numbers = f"{held.accuracy:.3f} with {100 * (held.share or 0):.3g} %, difference {difference}"

@@ -1,4 +1,4 @@
-"""The model of the study, its own completions, and a tiny model for a quick look that needs nothing but transformers."""
+"""The model of the study, its own completions, and a tiny model for a quick look, made on the spot."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def tiny_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel
 def train(model: PreTrainedModel, data: InstructionDataset, pad: PadRight, steps: int, seed: int) -> None:
     """A few steps of Adam on the answers, 16 rows each."""
     order = torch.Generator().manual_seed(seed)
-    optimizer, loss, done = torch.optim.Adam(model.parameters(), lr=3e-3), LanguageModelLoss("mean"), 0
+    optimizer, loss, done = torch.optim.Adam(model.parameters(), lr=1e-3), LanguageModelLoss("mean"), 0
     model.train()
     while done < steps:
         for batch in DataLoader(data, 16, shuffle=True, collate_fn=pad, generator=order):

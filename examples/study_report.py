@@ -17,7 +17,6 @@ from torch import Tensor
 
 from lightning_influence.estimators.component_dots import ComponentDots
 from lightning_influence.evaluation import RetrievalReport, RetrievalSetting, evaluate_retrieval
-from lightning_influence.metrics.intervals import wilson_interval
 from lightning_influence.report import (
     ShareCurve,
     csv_text,
@@ -188,12 +187,18 @@ def _curves(measured: Measured, results: Results) -> tuple[dict[str, list[ShareC
             path_curve(pairs, choice.path, "greedy, in-sample"),
             path_curve(pairs, similar.path, "greedy by similarity, in-sample"),
         ]
-        points[setting] = []
-        for name, share in measured.shares.items():
-            line = results.report.line("baseline", name, setting)
-            interval = line.accuracy_interval or wilson_interval(line.accuracy, pairs.num_queries)
-            points[setting].append(ShareCurve(name, (share,), (line.accuracy,), (interval,)))
+        kinds = dict.fromkeys(name.split(",")[0] for name in measured.shares)
+        points[setting] = [_projected(kind, measured, results, setting) for kind in kinds]
     return curves, points
+
+
+def _projected(kind: str, measured: Measured, results: Results, setting: str) -> ShareCurve:
+    """All sizes and seeds of one kind of projection."""
+    names = [name for name in measured.shares if name.split(",")[0] == kind]
+    lines = [results.report.line("baseline", name, setting) for name in names]
+    intervals = tuple(line.accuracy_interval for line in lines if line.accuracy_interval is not None)
+    shares = tuple(measured.shares[name] for name in names)
+    return ShareCurve(kind, shares, tuple(line.accuracy for line in lines), intervals)
 
 
 def cost_rows(costs: Mapping[str, Cost], measured: Measured, distinct: int) -> list[dict[str, str | float | None]]:

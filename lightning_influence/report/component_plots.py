@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARKERS = "os^vDPX*<>"
+COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9")  # without the grey one
 GREY = "0.35"
 
 
@@ -34,8 +35,9 @@ def depth_plot(report: RetrievalReport) -> Figure:
             if (line.setting, line.group) == (setting, "component"):
                 series.setdefault(kind_of(line.name), []).append((layer_of(line.name), line.accuracy))
         for number, (kind, points) in enumerate(series.items()):
-            _depth(axes, kind, points, f"C{number % 10}", MARKERS[number % len(MARKERS)])
+            _depth(axes, kind, points, COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)])
         _references(axes, report, setting)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("layer")
         _finish(axes, setting, "retrieval accuracy of one component")
     _legend(figure, panels)
@@ -61,9 +63,9 @@ def share_plot(
     figure, panels = _figure("share_plot", len(settings))
     for setting, axes in zip(settings, panels, strict=True):
         for number, curve in enumerate(curves.get(setting, ())):
-            _steps(axes, curve, f"C{number % 10}", band=number == 0)
+            _steps(axes, curve, COLOURS[number % len(COLOURS)], band=number == 0)
         for number, point in enumerate(points.get(setting, ())):
-            _points(axes, point, f"C{(number + 3) % 10}", MARKERS[number % len(MARKERS)])
+            _points(axes, point, COLOURS[(number + 3) % len(COLOURS)], MARKERS[number % len(MARKERS)])
         _references(axes, report, setting)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -135,4 +137,4 @@ def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=min(5, len(found)), frameon=False)
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=4, frameon=False)
