@@ -62,9 +62,9 @@ class Batches:
 def plan(examples: Examples, pairs: Sequence[tuple[int, int]], *, memory: int, batches: Batches) -> list[Step]:
     """Steps after which every pair has met once; the same for the same arguments.
 
-    A heuristic in two parts. First an order of single visits: from a node with few pairs on, next comes the node that
-    completes most pairs with what is in memory; memory is taken from those with fewest pairs left. Then visits that
-    follow one another are made together, a side and a length at a time, as far as a part of the memory allows.
+    A heuristic in two parts. First an order of single visits: next comes the node that brings those in memory nearest
+    to being done, and what gives up its memory is what will be needed latest, as far as its partners tell. Then visits
+    that follow one another are made together, a side and a length at a time, as far as a part of the memory allows.
 
     Args:
         examples: The nodes.
@@ -162,6 +162,7 @@ class _Walk:
     gains: list[int] = field(init=False)  # of each node: open pairs with nodes in memory
     held: dict[int, None] = field(default_factory=dict)
     used: int = 0
+    closed: set[int] = field(default_factory=set)  # nodes of the pairs that the last visit closed
 
     def __post_init__(self) -> None:
         self.partners = [{} for _ in range(len(self.examples))]
@@ -172,27 +173,34 @@ class _Walk:
     def visits(self) -> Iterator[Visit]:
         waiting = {node for node, partners in enumerate(self.partners) if partners}
         while waiting:
-            node = min(waiting, key=self._urgency)
+            beside = {other for node in self.held for other in self.partners[node]}
+            node = min(beside or waiting, key=self._urgency)
             dropped = self._make_room(node)
             waiting |= {other for other in dropped if self.partners[other]}
             yield Visit(dropped, node, self._meet(node))
             waiting.discard(node)
-            waiting -= {other for other in waiting if not self.partners[other]}
+            waiting -= {other for other in self.closed if not self.partners[other]}
 
-    def _urgency(self, node: int) -> tuple[int, int, int, int]:
-        """Smallest first: most pairs completed, fewest begun, longest, first."""
-        gain = self.gains[node]
-        return (-gain, len(self.partners[node]) - gain, -self.examples.lengths[node], node)
+    def _urgency(self, node: int) -> tuple[float, int, int, int]:
+        """Smallest first: brings most nodes nearest to being done, begins fewest pairs, longest, first."""
+        partners = self.partners[node]
+        nearer = sum(1 / len(self.partners[other]) for other in partners if other in self.held)
+        done = self.gains[node] == len(partners)
+        return (-nearer - done, len(partners) - self.gains[node], -self.examples.lengths[node], node)
+
+    def _worth(self, node: int) -> tuple[float, int]:
+        """Smallest is given up first: whose partners have fewest of their own in memory, and so come late."""
+        partners = self.partners[node]
+        return (sum(self.gains[other] for other in partners) / max(1, len(partners)), node)
 
     def _make_room(self, node: int) -> list[int]:
-        """Give up what is done, and then, as far as needed, what has fewest pairs left; the node's partners last."""
+        """Give up what is done, and then, as far as needed, what is worth least; the node's partners last."""
         dropped = [other for other in self.held if not self.partners[other]]
         for other in dropped:
             self._release(other)
-        partners, size = self.partners[node], self.examples.bytes[node]
-        for other in sorted(self.held, key=lambda other: (other in partners, len(self.partners[other]), other)):
-            if self.used + size <= self.memory:
-                break
+        size = self.examples.bytes[node]
+        while self.used + size > self.memory:
+            other = min(self.held, key=lambda held: (held in self.partners[node], self._worth(held)))
             self._release(other)
             dropped.append(other)
         return dropped
@@ -201,11 +209,13 @@ class _Walk:
         """Take the node into memory, and close its pairs with what is there."""
         self.held[node] = None
         self.used += self.examples.bytes[node]
+        self.closed = {node}
         done = []
         for partner, number in list(self.partners[node].items()):
             self.gains[partner] += 1
             if partner in self.held:
                 done.append(number)
+                self.closed.add(partner)
                 del self.partners[node][partner], self.partners[partner][node]
                 self.gains[node] -= 1
                 self.gains[partner] -= 1
