@@ -31,6 +31,7 @@ import torch
 from instruction_pool import InstructionDataset, PadRight
 from pair_sets import PairSet, file_pairs, fits, template_pairs, texts
 from smollm2 import load_smollm2
+from study_findings import DOTS
 from study_model import completions, tiny_model, tiny_tokenizer, train
 from study_report import Measured, Run, write_report
 from study_stages import Stage, Stages
@@ -154,8 +155,8 @@ def _recorded(bench: Bench, stages: Stages) -> ComponentDots:
     if "component_dots" in kept["json"]:
         return ComponentDots.load(bench.store)
     dots = GradientDot(bench.model, components=bench.components, memory_budget=bench.run.memory)
-    name, distinct = "component dot products", len(bench.pairs) + len(bench.queried)
-    with stages.stage(name, distinct, bench.positions(), resumed="component_dots.pairs" in kept["rows"]) as stage:
+    distinct = len(bench.pairs) + len(bench.queried)
+    with stages.stage(DOTS, distinct, bench.positions(), resumed="component_dots.pairs" in kept["rows"]) as stage:
         return dots.pairs(
             bench.queries,
             bench.base,
@@ -268,7 +269,12 @@ def parse(arguments: list[str]) -> Run:
         "--out", type=Path, default=Path("runs/select_or_project"), help="folder for everything written"
     )
     parser.add_argument("--cache", type=Path, default=Path("runs/models"), help="folder for the model's weights")
-    given = parser.parse_args(arguments)
+    return _checked(
+        parser, parser.parse_args(arguments), shlex.join(["python", "examples/select_or_project.py", *arguments])
+    )
+
+
+def _checked(parser: argparse.ArgumentParser, given: argparse.Namespace, command: str) -> Run:
     queries = given.queries if given.queries is not None else (60 if given.quick else 200)
     new_tokens = given.new_tokens if given.new_tokens is not None else (24 if given.quick else 96)
     if not 2 <= given.candidates <= queries:
@@ -293,7 +299,7 @@ def parse(arguments: list[str]) -> Run:
         seed=given.seed,
         out=given.out,
         cache=given.cache,
-        command=shlex.join(["python", "examples/select_or_project.py", *arguments]),
+        command=command,
     )
 
 

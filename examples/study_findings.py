@@ -17,6 +17,7 @@ from lightning_influence.selection.component_cross_validation import held_out_in
 from lightning_influence.selection.component_pairs import ComponentPairs
 
 NEARLY_ALWAYS, FEW = 0.9, 0.05  # what counts as "nearly always", and as few parameters
+DOTS = "component dot products"  # the name of the stage
 HOLDS, FAILS, UNTOLD = "holds", "does not hold", "cannot be told"
 
 
@@ -80,12 +81,14 @@ class Hits:
         return Difference(self.setting, "greedy, held-out", second, float(values.nanmean(1).mean()), interval)
 
 
-def findings(report: RetrievalReport, hits: Mapping[str, Hits], rewritten: str) -> list[Finding]:
-    """All claims, setting by setting."""
+def findings(
+    report: RetrievalReport, hits: Mapping[str, Hits], rewritten: str, seconds: Mapping[str, float]
+) -> list[Finding]:
+    """All claims, setting by setting; the last ones by the seconds that stages took."""
     found = [_nearly_always(report, rewritten), _harder(hits, rewritten)]
     for setting, own in hits.items():
         found += [*_greedy(report, own, setting), *_projections(own), *_others(own)]
-    return found
+    return [*found, *_costs(seconds)]
 
 
 def _nearly_always(report: RetrievalReport, setting: str) -> Finding:
@@ -136,6 +139,15 @@ def _others(hits: Hits) -> Iterator[Finding]:
     difference = hits.difference("full gradient", "BM25")
     claim = "The full gradient does better than BM25 alone"
     yield Finding(claim, hits.setting, difference.better, f"difference {difference}")
+
+
+def _costs(seconds: Mapping[str, float]) -> Iterator[Finding]:
+    """Of projections against products of all components; only of stages that were not resumed."""
+    dots = seconds.get(DOTS)
+    for name in (name for name in seconds if "projection" in name and dots is not None):
+        times = seconds[name] / dots
+        claim = f"The {name} takes longer than the products of all components ([SP]: 13 to 190 times)"
+        yield Finding(claim, "cost", HOLDS if times > 1 else FAILS, f"{times:.2f} times as long")
 
 
 def sentences(found: Sequence[Finding]) -> str:

@@ -155,8 +155,9 @@ def evaluate(run: Run, measured: Measured, stages: Stages) -> Results:
     with stages.stage("evaluation, all of it", run.queries):
         report = bench()
         others = {objective: bench(objective=objective) for objective in OBJECTIVES}
+    seconds = {name: cost.seconds for name, cost in stages.costs.items()}
     hits = {name: Hits(name, pairs[name], report, measured.baselines(name)) for name in pairs}
-    return Results(report, others, pairs, findings(report, hits, measured.rewritten))
+    return Results(report, others, pairs, findings(report, hits, measured.rewritten, seconds))
 
 
 def write_report(run: Run, measured: Measured, stages: Stages, seconds: float) -> str:
@@ -281,21 +282,9 @@ def summary(
     run: Run, measured: Measured, results: Results, costs: list[dict[str, str | float | None]], seconds: float
 ) -> str:
     """One page of Markdown."""
-    settings = list(measured.dots)
-    tables = partial(_tables, settings)
-    model = "A tiny random Llama, trained on the base rows for a few steps" if run.quick else "SmolLM2-135M-Instruct"
-    trained = "" if run.quick else ", as it is: unlike in [SP] it was not fine-tuned on the base rows"
-    covered = sum(measured.sizes) / measured.parameters
-    recall = ", ".join(f"{value:.3f} ({name})" for name, value in measured.recall.items())
+    tables = partial(_tables, list(measured.dots))
     trak = "" if run.trak or not run.shares else f"\n{trak_cost(measured, min(run.shares))}\n"
-    return f"""# Select or project? {run.queries} queries on {"a tiny model" if run.quick else "SmolLM2-135M"}
-
-{model}{trained}. {run.queries} rows of {measured.origin} are the base set ({measured.left_out} rows of more than
-{run.max_tokens} tokens were left out), and each has a query in every setting: {", ".join(settings)} (the same prompt as
-the {measured.rewritten} row, at most {run.new_tokens} tokens of the most likely continuation). BM25 gives every query
-{run.candidates} candidates, its source among them; without being told it would have found it for {recall}. Gradients
-are of the summed loss of the answer's tokens, in {len(measured.sizes)} weight matrices ({percent(covered)} of the
-parameters). [SP] is arXiv 2601.16651. A tie counts against the source. Intervals hold 95 %.
+    return f"""{_introduction(run, measured)}
 
 {tables(lambda setting: method_table(results.report, setting))}
 
@@ -319,14 +308,33 @@ What is the best on these queries, or chosen on them (in-sample), flatters itsel
 
 {markdown(cost_table(costs))}
 
-Bare passes are forward and backward over a sample of the rows, for all weights at once, and the unit of the last
-column, by token. One thread or as many as torch was given: {torch.get_num_threads()}.
+Bare passes are forward and backward over a sample of the base rows, for all weights at once, and the unit of the last
+column, token by token. Threads: {torch.get_num_threads()}.
 {trak}
 Files: `results.json`, `results.csv` (every line), `components.json` (the choices, ready for `components=`),
 `costs.csv`, `completions.jsonl`, `recording` (the products, for `Store.open`).
 
 `{run.command}`: {seconds:.0f} s, {", ".join(f"{name} {version(name)}" for name in PACKAGES)}.
 """
+
+
+def _introduction(run: Run, measured: Measured) -> str:
+    """What was looked at, and in which way it is not what the paper looked at."""
+    model = "A tiny random Llama, trained on the base rows for a few steps" if run.quick else "SmolLM2-135M-Instruct"
+    trained = "" if run.quick else ", as it is: unlike in [SP] it was not fine-tuned on the base rows"
+    same = (
+        "" if measured.rewritten == "paraphrased" else f" In place of a paraphrase, {measured.rewritten}: same prompt."
+    )
+    recall = ", ".join(f"{value:.3f} ({name})" for name, value in measured.recall.items())
+    return f"""# Select or project? {run.queries} queries on {"a tiny model" if run.quick else "SmolLM2-135M"}
+
+{model}{trained}. {run.queries} rows of {measured.origin} are the base set ({measured.left_out} pairs with a row of more
+than {run.max_tokens} tokens were left out), and each has a query in every setting: {", ".join(measured.dots)} (the
+prompt of the {measured.rewritten} row, at most {run.new_tokens} tokens of the most likely continuation).{same}
+BM25 gives every query {run.candidates} candidates, its source among them; without being told it would have found the
+source for a share of {recall}. Gradients are of the summed loss of the answer's tokens, in {len(measured.sizes)} weight
+matrices ({percent(sum(measured.sizes) / measured.parameters)} of the parameters). [SP] is arXiv 2601.16651. A tie
+counts against the source. Intervals hold 95 %."""
 
 
 def _tables(settings: list[str], table: Callable[[str], Table]) -> str:

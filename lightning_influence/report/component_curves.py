@@ -119,9 +119,11 @@ def held_out_curve(
         eps: As there.
 
     Raises:
-        ValueError: If components were removed, not added, or the pairs are others.
+        ValueError: If components were removed, not added, the pairs are others, or there are fewer than two points.
     """
     _forward("held_out_curve", choice.path)
+    if isinstance(points, bool) or not isinstance(points, int) or points < 2:
+        raise ValueError(f"`held_out_curve(points={points!r})`: expected an int >= 2.")
     member = group_numbers(groups, pairs.num_queries, "held_out_curve")
     if choice.path.components != tuple(pairs.components) or any(
         len(split.chosen_on) + len(split.held_out) != pairs.num_queries for split in choice.splits
@@ -133,9 +135,7 @@ def held_out_curve(
         )
         for split in choice.splits
     ]
-    first = max(path.shares[0] for path in paths)
-    grid = torch.logspace(0, 1, points, base=1 / first, dtype=torch.float64) * first
-    grid[0], grid[-1] = first, 1.0
+    grid = _grid(max(path.shares[0] for path in paths), points)
     hits = torch.full((points, len(paths), pairs.num_queries), torch.nan, dtype=torch.float64)
     for row, (path, split) in enumerate(zip(paths, choice.splits, strict=True)):
         found = (prefix_ranks(pairs, path.order, eps) == 1).double()
@@ -145,6 +145,13 @@ def held_out_curve(
     values = hits.nanmean(2).mean(1).tolist()
     intervals = [held_out_interval(part, member, "accuracy") for part in hits]
     return ShareCurve(label, tuple(grid.tolist()), tuple(values), tuple(intervals))
+
+
+def _grid(first: float, points: int) -> Tensor:
+    """Shares from the first to all parameters, evenly on a logarithmic scale; both ends exactly, float64 [points]."""
+    grid = torch.logspace(0, 1, points, base=1 / first, dtype=torch.float64) * first
+    grid[0], grid[-1] = first, 1.0
+    return grid
 
 
 def _forward(call: str, path: ComponentPath) -> None:

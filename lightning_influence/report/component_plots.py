@@ -29,6 +29,8 @@ def depth_plot(report: RetrievalReport) -> Figure:
     """
     settings = list(report.choices)
     figure, panels = _figure("depth_plot", len(settings))
+    from matplotlib.ticker import MaxNLocator  # it is there now
+
     for setting, axes in zip(settings, panels, strict=True):
         series: dict[str, list[tuple[int | None, float]]] = {}
         for line in report.lines:
@@ -37,7 +39,7 @@ def depth_plot(report: RetrievalReport) -> Figure:
         for number, (kind, points) in enumerate(series.items()):
             _depth(axes, kind, points, COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)])
         _references(axes, report, setting)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("layer")
         _finish(axes, setting, "retrieval accuracy of one component")
     _legend(figure, panels)

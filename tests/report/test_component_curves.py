@@ -87,6 +87,8 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"`held_out_curve\(path\)`: expected a path that adds"):
         held_out_curve(own, choice, "")
     forward = cross_validate_components(own, progress=False)
+    with pytest.raises(ValueError, match=r"`held_out_curve\(points=1\)`: expected an int >= 2"):
+        held_out_curve(own, forward, "", points=1)
     with pytest.raises(ValueError, match="expected the pairs that were cross-validated"):
         held_out_curve(own.queries(range(10)), forward, "")
     with pytest.raises(ValueError, match=r"`ShareCurve\(label='a'\)`: expected as many values.*got 2 values for 1"):
