@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 from lightning_influence.estimators.base import Estimator
+from lightning_influence.estimators.candidates import CandidateScores, TwoStage
 from lightning_influence.estimators.cka import CKA
 from lightning_influence.estimators.component_dots import ComponentDots
 from lightning_influence.estimators.gradient_dot import GradientDot
 from lightning_influence.estimators.group_influence import Interactions
 from lightning_influence.estimators.influence_function import InfluenceFunction
+from lightning_influence.estimators.lexical import Lexical
 from lightning_influence.estimators.merged import merged
 from lightning_influence.estimators.multi_stage import Distance, MultiStageInfluence
 from lightning_influence.estimators.projected_dot import ProjectedDot, pair_products
+from lightning_influence.estimators.representation import RepresentationSimilarity
 from lightning_influence.estimators.scores import Scores
 from lightning_influence.estimators.tracin import TracIn
+from lightning_influence.estimators.trak import TRAK
 
 __all__ = [
     "CKA",
+    "TRAK",
+    "CandidateScores",
     "ComponentDots",
     "Distance",
     "Estimator",
     "GradientDot",
     "InfluenceFunction",
     "Interactions",
+    "Lexical",
     "MultiStageInfluence",
     "ProjectedDot",
+    "RepresentationSimilarity",
     "Scores",
     "TracIn",
+    "TwoStage",
     "merged",
     "pair_products",
 ]

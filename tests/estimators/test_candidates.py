@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ TRAIN, QUERIES = texts(9), texts(4, seed=3)
 
 def words(row: dict[str, Tensor]) -> str:
     tokens = row["input_ids"].tolist()
-    return " ".join(f"w{a}_{b}" for a, b in zip(tokens, tokens[1:], strict=False))
+    return " ".join(f"w{a}_{b}" for a, b in pairwise(tokens))
 
 
 def influence(**options: Any) -> InfluenceFunction:
