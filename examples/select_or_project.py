@@ -17,7 +17,6 @@ import argparse
 import hashlib
 import json
 import logging
-import os
 import re
 import shlex
 import sys
@@ -313,7 +312,6 @@ def main(arguments: list[str]) -> None:
     started = time.perf_counter()
     run = parse(arguments)
     silence()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     stages = Stages(run.out)
     model, tokenizer = load(run)
     bench = Bench(run, make_pairs(run, model, tokenizer, stages), model, tokenizer)
