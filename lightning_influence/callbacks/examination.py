@@ -14,7 +14,8 @@ from lightning_influence.callbacks.training_step_loss import TrainingStepLoss, t
 from lightning_influence.capture.component import find_components
 from lightning_influence.capture.examples import ExampleLoader
 from lightning_influence.capture.gradient_capture import GradientCapture
-from lightning_influence.capture.losses import Batch, BatchLoss, ExampleLoss, resolve_loss
+from lightning_influence.capture.losses import Batch, BatchLoss, ExampleLoss, RegressionLoss, resolve_loss
+from lightning_influence.capture.losses.base import labels_of
 from lightning_influence.capture.probe import probe_loss
 
 CLOSE = {torch.float64: 1e-3, torch.float32: 1e-3}  # relative; coarser formats 1e-2
@@ -27,7 +28,7 @@ class Examination:
     Attributes:
         loss: The loss to record with.
         trained_reduction: What ``training_step`` makes of the examples' losses: ``"mean over examples"``, ``"sum"``,
-            ``"mean over tokens"``, none of these, or why this is not known.
+            ``"mean over tokens"``, ``"mean squared error (...)"``, none of these, or why this is not known.
     """
 
     loss: ExampleLoss
@@ -92,6 +93,9 @@ def _trained_reduction(recording: Recording, batch: Batch, loss: ExampleLoss) ->
     except Exception as error:
         return f"not compared: {type(error).__name__}: {error}"
     ways = _reductions(losses, targets, loss.reduction)
+    if type(loss) is RegressionLoss:  # half the squared error of d outputs, summed over them
+        d = labels_of(batch)[0].numel()
+        ways[f"mean squared error ({2 / d:.4g} x mean over examples)"] = 2 * losses.mean() / d
     room = CLOSE.get(trained.dtype, 1e-2)
     for name, value in ways.items():
         if torch.isclose(value, trained.to(value), rtol=room, atol=1e-6):

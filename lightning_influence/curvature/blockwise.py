@@ -64,7 +64,7 @@ class BlockwiseCurvature(Curvature):
         """Eigendecompositions after the first pass, the exact Lambda after the second.
 
         Raises:
-            ValueError: If a component was not seen in this pass.
+            ValueError: If a component was not seen in this pass, or its sums are not finite.
         """
         unseen = [c.name for c in self.components if c.name not in self._seen]
         if unseen or not self._seen:
@@ -72,12 +72,26 @@ class BlockwiseCurvature(Curvature):
                 f"`{type(self).__name__}.finish_pass()`: pass {self._pass + 1} saw no gradient of {unseen[:8]}; "
                 "expected at least one example in every pass."
             )
+        self._check_finite()
         for block in self.blocks.values():
             block.finish(self._pass == 1, self._common)
             # In memory as it will be read back from a store, so that solving rounds in the same way.
             block.fitted = {key: value.contiguous() for key, value in block.fitted.items()}
         self._pass, self._seen, self._common = self._pass + 1, set(), Common()
         self.fitted = self._pass == self.num_passes
+
+    def _check_finite(self) -> None:
+        wild = [
+            name
+            for name, block in self.blocks.items()
+            if not all(bool(s.isfinite().all()) for s in block.sums.values())
+        ]
+        if wild:
+            raise ValueError(
+                f"`{type(self).__name__}.finish_pass()`: the sums of {wild[:8]} are not finite, though every loss was: "
+                "the inputs or gradients of some example are too large to be squared. Expected examples on a common "
+                "scale; look for extreme values in the data."
+            )
 
     def solve(self, component: Component, gradients: Tensor) -> Tensor:
         """``(G_c + damping I)^{-1} V``: [q, *shape] -> [q, *shape]."""

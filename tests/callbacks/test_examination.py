@@ -49,6 +49,26 @@ class Steps(Toy):
         return self.step(self, batch)
 
 
+@pytest.mark.parametrize(
+    ("step", "verdict"),
+    [
+        (F.mse_loss, "mean squared error (0.6667 x mean over examples)"),
+        (lambda x, y: 3 * F.mse_loss(x, y), "none of these"),
+        (lambda x, y: 1.5 * F.mse_loss(x, y), "mean over examples"),
+        (lambda x, y: 0 * F.mse_loss(x, y), "none of these"),
+    ],
+    ids=["mse", "three times", "half squares", "nothing"],
+)
+def test_the_mean_squared_error_is_known_by_its_factor(step, verdict, tmp_path):
+    """The loss recorded is half the squared error, summed over the 3 outputs: a constant factor, no other loss."""
+    rows = TensorDataset(X, F.one_hot(Y, 3).to(X.dtype) + 0.25)
+    other = pytest.warns(UserWarning, match="influence is that on") if verdict[:4] == "none" else nullcontext()
+    with other:
+        found = look(tmp_path, Steps(lambda model, batch: step(model(batch[0]), batch[1])), rows=rows)
+    assert isinstance(found.loss, RegressionLoss)
+    assert found.trained_reduction.startswith(verdict)
+
+
 def entropy(**settings: Any) -> Any:
     return lambda model, batch: F.cross_entropy(model(batch[0]), batch[1], **settings)
 

@@ -55,3 +55,10 @@ def test_a_state_must_cover_all_components() -> None:
     for components, tensors in ((curvature.components, part), (curvature.components[:1], state)):
         with pytest.raises(StoreError, match=r"EKFAC.load_state: only one of components and factors has \['2'\]"):
             EKFAC().load_state(components, tensors)
+
+
+def test_values_too_large_to_be_squared_are_told_in_words() -> None:
+    data = points(4)
+    data[2] = (torch.tensor([1e200, 0.0, 0.0]).double(), data[2][1])
+    with pytest.raises(ValueError, match=r"EKFAC.finish_pass\(\)`: the sums of \['0'\] are not finite"):
+        EKFAC(fisher="empirical").fit(mlp(), data)
