@@ -51,6 +51,7 @@ from lightning_influence.metrics import (
 )
 from lightning_influence.projections import FactoredProjection, LoGra, Projection, TrakProjection
 from lightning_influence.selection import (
+    ComponentPairs,
     ComponentPath,
     ComponentSelection,
     InteractionGreedy,
@@ -112,6 +113,7 @@ __all__ = [  # noqa: RUF022  in the order in which data flows
     "TopK",
     "Random",
     "select_training_data",
+    "ComponentPairs",
     "greedy_components",
     "single_component_scores",
     "cross_validate_components",
