@@ -6,7 +6,10 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_influence.callbacks.curvature_recorder import CurvatureRecorder
 from lightning_influence.capture import ClassificationLoss, LanguageModelLoss, find_components
 from lightning_influence.curvature import EKFAC, KFAC, Exact, Identity
 from lightning_influence.errors import NotFittedError, StoreError
@@ -16,6 +19,7 @@ from lightning_influence.estimators.merged import merged
 from lightning_influence.estimators.multi_stage import MultiStageInfluence
 from lightning_influence.store import Store
 from tests import oracles
+from tests.callbacks import toys
 from tests.curvature.models import Mixed, Tokens, loss_of, mlp, points, ready, texts, token_rows, truth
 
 PRETRAINING, FINETUNING, QUERIES = texts(9), token_rows(8), token_rows(3, seed=5)
@@ -230,3 +234,39 @@ def test_adapters_are_merged_first() -> None:
     assert distances["4"].absolute == 0
     assert distances["0"].relative > 0
     assert found.score(points(2, seed=4), data).values.isfinite().all()
+
+
+class Stage(toys.Toy):
+    """A body, here with a head of its own and trained on labels of its own."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 6), nn.Tanh())
+        self.net = nn.Linear(6, classes)
+        self.accuracy = MulticlassAccuracy(classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(self.body(x))
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_from_two_recorded_runs(tmp_path: Any) -> None:
+    """Pre-training with five classes, fine-tuning of its body with three."""
+    rows = toys.data(24).tensors[0]
+    train = TensorDataset(rows, rows[:, :4].argmax(1)), toys.data(16, seed=3)
+    models, recorders = [Stage(5), Stage(3)], [CurvatureRecorder(EKFAC(damping=0.1), components="body") for _ in "ab"]
+    for k, (model, recorder) in enumerate(zip(models, recorders, strict=True)):
+        if k:
+            model.body.load_state_dict(models[0].body.state_dict())
+        toys.trainer(tmp_path / str(k), [recorder]).fit(model, DataLoader(train[k], batch_size=4))
+    first, second = (recorder.records[-1].path for recorder in recorders)
+    influence = MultiStageInfluence.from_stores(*models, first, second)
+    scores = influence.score(toys.data(3, seed=8), train[0])
+    assert scores.values.shape == (3, 24)
+    assert influence.proximity()["body.0"].absolute > 0
+    fitted = [EKFAC(damping=0.1).fit(m, d, components="body") for m, d in zip(models, train, strict=True)]
+    torch.testing.assert_close(
+        scores.values, MultiStageInfluence(*models, *fitted).score(toys.data(3, seed=8), train[0]).values
+    )
+    with pytest.raises(StoreError, match="other weights"):
+        MultiStageInfluence.from_stores(*models, second, first)
