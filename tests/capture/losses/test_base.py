@@ -55,6 +55,12 @@ def test_an_example_has_the_same_loss_in_every_batch(case: LossCase) -> None:
 
 
 @every_case
+def test_losses_where_supervised_are_the_same(case: LossCase) -> None:
+    model, batch = case.model().eval(), case.batch(4)
+    torch.testing.assert_close(case.loss.where_supervised().losses(model, batch), case.loss.losses(model, batch))
+
+
+@every_case
 def test_the_losses_can_be_recorded(case: LossCase) -> None:
     batch = case.batch(3)
     with GradientCapture(case.model(), lambda name, module: "relative_attention_bias" not in name) as capture:

@@ -29,6 +29,31 @@ def test_equals_the_loss_of_transformers() -> None:
             torch.testing.assert_close(ours / counts.sum(), theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_the_head_runs_where_something_is_supervised(reduction: Any) -> None:
+    """Columns 1 to 5 of 7: the first labels are masked, and the last position predicts nothing."""
+    model, batch, loss = models.llama(), text(), LanguageModelLoss(reduction)
+    shapes: list[tuple[int, ...]] = []
+    model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape[:2])))
+    trimmed = loss.where_supervised()
+    found = trimmed.losses(model, batch), trimmed.sampled_losses(model, batch, Uniforms(torch.arange(3), 0))
+    whole = loss.losses(model, batch), loss.sampled_losses(model, batch, Uniforms(torch.arange(3), 0))
+    torch.testing.assert_close(found, whole)
+    assert shapes == [(3, 5), (3, 5), (3, 7), (3, 7)]
+
+
+def test_models_that_cannot_leave_out_positions_run_on_all() -> None:
+    loss, batch = LanguageModelLoss(shift=False).where_supervised(), text()
+    torch.testing.assert_close(
+        loss.losses(models.bert(), batch), LanguageModelLoss(shift=False).losses(models.bert(), batch)
+    )
+    everything = {**text(), "labels": text()["input_ids"].clamp_min(1)}
+    torch.testing.assert_close(
+        LanguageModelLoss().where_supervised().losses(models.llama(), everything),
+        LanguageModelLoss().losses(models.llama(), everything),
+    )
+
+
 def test_masked_labels_stand_at_their_position() -> None:
     model, batch = models.bert(), text()
     loss = LanguageModelLoss(shift=False)
