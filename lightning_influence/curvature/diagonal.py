@@ -1,0 +1,25 @@
+"""The diagonal of the Fisher information ([MS] section 3, the simplest of its approximations)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from lightning_influence.capture import Component, LayerRecord
+from lightning_influence.curvature.blocks import DiagonalBlock
+from lightning_influence.curvature.blockwise import BlockwiseCurvature
+
+
+class Diagonal(BlockwiseCurvature):
+    """``solve(V) = V / (E[g ⊙ g] + damping)``, g the gradient of one whole example: squared first, then averaged.
+
+    One pass over the data and one number per parameter. Unlike K-FAC it takes parameters for independent, and unlike
+    Adam's second moments it averages squares of examples, not of batch means.
+    Arguments are those of `BlockwiseCurvature`.
+    """
+
+    num_passes: ClassVar[int] = 1
+
+    def update(self, component: Component, record: LayerRecord) -> None:
+        """Add up the squares of the example gradients."""
+        self.blocks.setdefault(component.name, DiagonalBlock())
+        super().update(component, record)
