@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_influence.capture import Component, ExampleLoader, LayerRecord
 from lightning_influence.capture.component import Select
 from lightning_influence.capture.contexts import full_precision
+from lightning_influence.capture.record import CHUNK
 from lightning_influence.estimators.base import Estimator, Labels, Loss
 
 
@@ -26,8 +27,8 @@ class CKA(Estimator):
     Normalisation layers have a row for each channel and a column for each parameter; parameters without a matrix are
     one column. A gradient that is the same in every row, or none, has alignment 0 with everything.
 
-    Cost of a pair: o² multiplications, o² i once for each example; for a component with more outputs than inputs,
-    o i². Arguments are those of `Estimator`.
+    Cost: o² multiplications for a pair and o² i for an example, or o i² for a pair where that is less or o is too large
+    for a matrix o². Arguments are those of `Estimator`.
     """
 
     formula = "sum over components of CKA(g_q, g_i)"
@@ -85,18 +86,20 @@ class AlignedRecord(LayerRecord):
     @full_precision()
     def contract(self, gradients: Tensor) -> Tensor:
         """Alignment of given matrices with every example: [q, rows, columns] -> [q, n]."""
-        rows, columns = gradients.shape[1:]
+        q, rows, columns = gradients.shape
         parts: Sequence[LayerRecord] = self.chunks()
-        if rows <= columns:
+        if _by_kernels(q, len(self), rows, columns):
             kernels = _kernels(gradients)
             return torch.cat([kernels @ _kernels(part.example_gradients()).mT for part in parts], dim=1)
         flat = gradients.mT.reshape(-1, rows)  # [q * columns, rows]
-        found = [
-            (flat @ one).reshape(len(gradients), -1).square().sum(1)
-            for part in parts
-            for one in part.example_gradients()
-        ]
+        found = [(flat @ one).reshape(q, -1).square().sum(1) for part in parts for one in part.example_gradients()]
         return torch.stack(found, dim=1)
+
+
+def _by_kernels(q: int, n: int, rows: int, columns: int) -> bool:
+    """Whether <X X^T, Y Y^T> takes fewer multiplications than |Y^T X|^2, and the kernels not much memory."""
+    kernels = (q + n) * rows**2 * columns + q * n * rows**2
+    return rows <= columns or (rows**2 <= CHUNK and kernels <= q * n * rows * columns**2)
 
 
 def aligned(matrices: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_influence.capture import Component, find_components
 from lightning_influence.capture.record import DenseRecord, FactoredRecord
+from lightning_influence.estimators import cka
 from lightning_influence.estimators.cka import CKA, AlignedRecord, aligned
 from tests import oracles
 from tests.curvature.models import Mixed, loss_of, mlp, normal, points, ready, token_rows
@@ -34,7 +35,7 @@ def linear(rows: int, columns: int) -> Component:
 SIDES = st.integers(2, 6)
 
 
-@given(rows=SIDES, columns=SIDES, seed=st.integers(0, 99), positions=st.integers(1, 4))
+@given(rows=SIDES, columns=st.integers(1, 6), seed=st.integers(0, 99), positions=st.integers(1, 4))
 def test_alignment_in_closed_form(rows: int, columns: int, seed: int, positions: int) -> None:
     left = normal(3, rows, columns, seed=seed)
     inputs, gradients = normal(4, positions, columns, seed=seed + 1), normal(4, positions, rows, seed=seed + 2)
@@ -61,6 +62,24 @@ def test_what_does_not_matter(rows: int, columns: int, seed: int, scale: float) 
     torch.testing.assert_close(alignment(y, x), expected)
     torch.testing.assert_close(alignment(x, x), torch.ones(1, 1).double())
     assert -1e-12 < float(expected) < 1 + 1e-12
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(12, 2), (2, 12), (12, 9)])
+def test_both_ways_of_computing_give_the_same(rows: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    left, right = aligned(normal(5, rows, columns)), normal(6, rows, columns, seed=1)
+    record = AlignedRecord(torch.arange(6), linear(rows, columns), DenseRecord(torch.arange(6), right))
+    found = []
+    for way in (True, False):
+        monkeypatch.setattr(cka, "_by_kernels", lambda *sizes, way=way: way)
+        found.append(record.contract(left))
+    torch.testing.assert_close(*found)
+
+
+def test_the_cheaper_way_is_taken() -> None:
+    assert cka._by_kernels(1, 1, 256, 1024)
+    assert cka._by_kernels(10, 32, 1024, 256)
+    assert not cka._by_kernels(1, 32, 1024, 256)
+    assert not cka._by_kernels(10, 32, 8000, 256)  # a table's kernels do not fit
 
 
 def test_scores_are_sums_over_the_components() -> None:

@@ -134,6 +134,21 @@ def test_an_example_helps_itself() -> None:
     assert (TRAK(deep(), WHOLE, damping_share=SHARE).fit(TRAIN).score(TRAIN).values.diagonal() > 0).all()
 
 
+def test_leaving_an_example_out_of_a_logistic_regression() -> None:
+    """The log-odds of the queries lose what the example gave them, up to the p (1 - p) that the kernel leaves out."""
+    x, y = normal(80, 3), (normal(80, seed=1) + normal(80, 3)[:, 0] > 0).double()
+    asked = normal(20, 3, seed=2)
+    whole = oracles.fit_binary(x, y, 1e-3)
+    kept = [[j for j in range(80) if j != k] for k in range(80)]
+    lost = torch.stack([asked @ (whole - oracles.fit_binary(x[rows], y[rows], 1e-3)) for rows in kept], dim=1)
+    model = mlp(nn.Linear(3, 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(whole)
+    rows, queries = list(zip(x, y.long(), strict=True)), [(query, torch.tensor(1)) for query in asked]
+    found = TRAK(model, FactoredProjection(3)).fit(rows).score(queries).values
+    assert torch.corrcoef(torch.stack([found.flatten(), lost.flatten()]))[0, 1] > 0.9
+
+
 def test_the_first_projection_is_that_of_traker() -> None:
     trak = TRAK(deep(), damping_share=SHARE).fit(TRAIN)
     projection = trak._features[0].estimator.projection
