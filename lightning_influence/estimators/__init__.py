@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_influence.estimators.base import Estimator
-from lightning_influence.estimators.candidates import CandidateScores, TwoStage
+from lightning_influence.estimators.candidates import CandidateScores, Scorer, TwoStage
 from lightning_influence.estimators.cka import CKA
 from lightning_influence.estimators.component_dots import ComponentDots
 from lightning_influence.estimators.gradient_dot import GradientDot
@@ -32,6 +32,7 @@ __all__ = [
     "MultiStageInfluence",
     "ProjectedDot",
     "RepresentationSimilarity",
+    "Scorer",
     "Scores",
     "TracIn",
     "TwoStage",

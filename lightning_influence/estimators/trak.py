@@ -51,13 +51,14 @@ class TRAK:
     f is the model output that the method takes to be linear in the features: log-odds of the label, or their sum over
     a sequence's targets; p is the label's probability, or its mean over the targets. P is a random projection, Φ holds
     the features of all training examples. Of several models the two factors φ_q^T (Φ^T Φ)^{-1} φ_i and 1 - p_i are
-    averaged apart. In the call shape of the estimators.
-    Score > 0: training on the example raises the query's log-odds, and lowers its loss::
+    averaged apart. Score > 0: training on the example raises the query's log-odds, and lowers its loss. In the call
+    shape of the estimators::
 
         TRAK([model, another], TrakProjection(1024)).fit(train).score(queries, train)
 
-    The inverse is taken in float64. A softmax head has directions that change no probability, so that Φ^T Φ in all
-    parameters is singular; in fewer dimensions than independent directions, and than examples, it is not.
+    The inverse is taken in float64; n k numbers are kept for each model, and k². A softmax head has directions that
+    change no probability, so that Φ^T Φ in all parameters is singular; in fewer dimensions than there are independent
+    directions, and examples, it is not.
 
     Args:
         models: A model at the end of its training, or several that were trained apart.

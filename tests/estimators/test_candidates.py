@@ -10,11 +10,17 @@ from torch import Tensor
 from lightning_influence.capture import ExampleLoader
 from lightning_influence.curvature import EKFAC
 from lightning_influence.estimators.candidates import CandidateScores, TwoStage
+from lightning_influence.estimators.cka import CKA
 from lightning_influence.estimators.gradient_dot import GradientDot
 from lightning_influence.estimators.influence_function import InfluenceFunction
 from lightning_influence.estimators.lexical import Lexical
+from lightning_influence.estimators.multi_stage import MultiStageInfluence
+from lightning_influence.estimators.projected_dot import ProjectedDot
+from lightning_influence.estimators.representation import RepresentationSimilarity
+from lightning_influence.estimators.trak import TRAK
 from lightning_influence.evaluation.retrieval import candidate_recall
 from lightning_influence.filters import BM25Filter, KNNFilter
+from lightning_influence.projections import FactoredProjection
 from tests.curvature.models import Tokens, mlp, points, ready, texts
 
 TRAIN, QUERIES = texts(9), texts(4, seed=3)
@@ -64,6 +70,22 @@ def test_other_estimators_have_the_same_call() -> None:
     assert (found.values.diff(dim=1) <= 0).all()
     assert found.top(2) == list(zip(found.candidates[0][:2], found.values[0, :2].tolist(), strict=True))
     assert found.top(1, harmful=True)[0][1] == found.values[0, -1]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        CKA,
+        lambda model: RepresentationSimilarity(model, "up"),
+        lambda model: TRAK(model, FactoredProjection(1.0), damping_share=0.1).fit(TRAIN),
+        lambda model: MultiStageInfluence(model, model, EKFAC(), EKFAC()).fit(TRAIN, TRAIN),
+        lambda model: ProjectedDot(model, FactoredProjection(1.0)),
+    ],
+)
+def test_every_estimator_can_be_the_second_stage(make: Any) -> None:
+    estimator = make(ready(Tokens()))
+    found, whole = TwoStage(BM25Filter, estimator, 3, words).score(QUERIES, TRAIN), estimator.score(QUERIES, TRAIN)
+    torch.testing.assert_close(found.values, whole.values.gather(1, torch.tensor(found.candidates)))
 
 
 def test_ids_are_positions_in_the_dataset() -> None:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_influence.callbacks.curvature_recorder import CurvatureRecorder
-from lightning_influence.capture import ClassificationLoss, LanguageModelLoss, find_components
+from lightning_influence.capture import ClassificationLoss, LanguageModelLoss, RegressionLoss, find_components
 from lightning_influence.curvature import EKFAC, KFAC, Exact, Identity
 from lightning_influence.errors import NotFittedError, StoreError
 from lightning_influence.estimators.gradient_dot import GradientDot
@@ -20,7 +20,7 @@ from lightning_influence.estimators.multi_stage import MultiStageInfluence
 from lightning_influence.store import Store
 from tests import oracles
 from tests.callbacks import toys
-from tests.curvature.models import Mixed, Tokens, loss_of, mlp, points, ready, texts, token_rows, truth
+from tests.curvature.models import Mixed, Tokens, loss_of, mlp, normal, points, ready, texts, token_rows, truth
 
 PRETRAINING, FINETUNING, QUERIES = texts(9), token_rows(8), token_rows(3, seed=5)
 
@@ -98,6 +98,42 @@ def test_with_kronecker_factors_in_closed_form(kind: Any) -> None:
     found = estimator(kind, components=["up"]).score(QUERIES, PRETRAINING)
     torch.testing.assert_close(found.values, expected)
     torch.testing.assert_close(estimator(kind).score(QUERIES, PRETRAINING, per_component=True).total(["up"]), expected)
+
+
+def test_leaving_an_example_out_of_the_pretraining() -> None:
+    """Two linear regressions, the second held near the first by |w - w_pt|² α/2: what a query loses, to first order.
+
+    α/n times the score, with the Gauss-Newton matrices of squared error and α as damping of the second.
+    """
+    n, decay, alpha = 200, 1e-3, 0.5
+    x, y = normal(n, 3), normal(n, 1, seed=1)
+    other, wanted = normal(60, 3, seed=2), normal(60, 1, seed=3) + 1
+
+    def pretrained(kept: Tensor) -> Tensor:
+        return torch.linalg.solve(x[kept].T @ x[kept] / n + decay * torch.eye(3), x[kept].T @ y[kept] / n)[:, 0]
+
+    def finetuned(start: Tensor) -> Tensor:
+        matrix = other.T @ other / 60 + alpha * torch.eye(3)
+        return torch.linalg.solve(matrix, other.T @ wanted[:, 0] / 60 + alpha * start)
+
+    query = (normal(3, seed=8), torch.tensor([2.0]).double())
+    loss = lambda w: 0.5 * (w @ query[0] - query[1][0]) ** 2  # noqa: E731
+    start = pretrained(torch.arange(n))
+    whole = finetuned(start)
+    kept = [torch.arange(n) != k for k in range(n)]
+    changes = torch.stack([loss(finetuned(pretrained(rows))) - loss(whole) for rows in kept])
+    models, fitted = [mlp(nn.Linear(3, 1, bias=False)) for _ in range(2)], []
+    sides = ((start, x, y, decay), (whole, other, wanted, alpha))
+    for model, (weights, inputs, targets, damping) in zip(models, sides, strict=True):
+        with torch.no_grad():
+            model[0].weight.copy_(weights)
+        # Many draws of each label bring the sampled Fisher close to its expectation E[x xᵀ].
+        drawn = [(inputs[k % len(inputs)], targets[k % len(inputs)]) for k in range(18_000)]
+        fitted.append(Exact(damping=damping).fit(model, drawn, RegressionLoss(), batch_size=3000))
+    found = MultiStageInfluence(*models, *fitted, RegressionLoss(), RegressionLoss(), components=["0"])
+    scores = alpha / n * found.score([query], list(zip(x, y, strict=True))).values[0]
+    assert torch.corrcoef(torch.stack([changes, scores]))[0, 1] > 0.999
+    torch.testing.assert_close(scores, changes, rtol=0.1, atol=float(changes.abs().max()) * 0.05)
 
 
 def test_damping_is_not_changed_by_use() -> None:
