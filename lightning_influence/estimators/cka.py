@@ -22,7 +22,7 @@ class CKA(Estimator):
     A component's gradient is a matrix X [o, i], a row for each output. With X_c its columns centred over the rows,
     ``CKA(X, Y) = |Y_c^T X_c|_F^2 / (|X_c^T X_c|_F |Y_c^T Y_c|_F)``: between 0 and 1 in each component, the same for
     gradients of any length (``normalise`` changes nothing), for rotated inputs, and for a gradient and its negative.
-    A baseline of [MS] section 5.1 that tells alike from unlike examples; helpful and harmful ones both score above 0.
+    A baseline of [MS] section 5 that tells alike from unlike examples; helpful and harmful ones both score above 0.
 
     Normalisation layers have a row for each channel and a column for each parameter; parameters without a matrix are
     one column. A gradient that is the same in every row, or none, has alignment 0 with everything.

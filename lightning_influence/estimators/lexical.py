@@ -19,7 +19,7 @@ Search: TypeAlias = Filter | Callable[[list[Any]], Filter]
 class Lexical:
     """Similarity of each query's text to each training example's, by BM25, TF-IDF or any other `Filter`.
 
-    A baseline of [MS] section 5.2 in the call shape of an estimator; higher is more similar, and nothing is known of
+    A baseline of [MS] section 5 in the call shape of an estimator; higher is more similar, and nothing is known of
     help or harm::
 
         Lexical(BM25Filter, text="text").score(queries, train)

@@ -24,7 +24,7 @@ Pooling: TypeAlias = Literal["mean", "last", "weighted"]
 class RepresentationSimilarity:
     """Cosine of the hidden states of query and training example, pooled over positions.
 
-    A baseline of [MS] section 5.2 in the call shape of an estimator: one forward pass for each example. Higher is more
+    A baseline of [MS] section 5 in the call shape of an estimator: one forward pass for each example. Higher is more
     similar, between -1 and 1; nothing is known of help or harm. Accumulated in float32, or in float64 for such a
     model.
 

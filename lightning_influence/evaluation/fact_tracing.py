@@ -1,4 +1,4 @@
-"""Fact tracing: do scores find the training examples that state what a query asks ([MS] section 5.2)?"""
+"""Fact tracing: do scores find the training examples that state what a query asks ([MS] section 5)?"""
 
 from __future__ import annotations
 
