@@ -32,7 +32,7 @@ from pair_sets import PairSet, file_pairs, fits, template_pairs, texts
 from smollm2 import load_smollm2
 from study_findings import DOTS
 from study_model import completions, tiny_model, tiny_tokenizer, train
-from study_report import Measured, Run, write_report
+from study_report import BARE, Measured, Run, write_report
 from study_stages import Stage, Stages
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -242,7 +242,7 @@ def bare_passes(bench: Bench, stages: Stages) -> None:
     lengths = data.lengths()
     drawn = torch.randperm(len(data), generator=torch.Generator().manual_seed(bench.run.seed))[:SAMPLE].tolist()
     drawn.sort(key=lambda k: -lengths[k])
-    with stages.stage("bare forward and backward", len(drawn), sum(lengths[k] for k in drawn)) as stage:
+    with stages.stage(BARE, len(drawn), sum(lengths[k] for k in drawn)) as stage:
         while drawn:
             count = max(1, POSITIONS // lengths[drawn[0]])
             part, drawn = drawn[:count], drawn[count:]
@@ -317,9 +317,11 @@ def main(arguments: list[str]) -> None:
     bench = Bench(run, make_pairs(run, model, tokenizer, stages), model, tokenizer)
     sizes = f"{bench.positions()} tokens, {len(bench.components)} components"
     print(f"{len(bench.pairs)} pairs of {bench.pairs.origin}, {sizes}", flush=True)
-    bare_passes(bench, stages)
+    if BARE not in stages.costs:
+        bare_passes(bench, stages)
     measured = bench.measured(component_dots(bench, stages))
-    write_report(run, measured, stages, time.perf_counter() - started)  # projections may take hours
+    if run.shares:  # projections may take hours
+        write_report(run, measured, stages, time.perf_counter() - started)
     for name, projection in projections(run):
         measured = measured.with_projection(
             name, projection.dimensions, projected_cosines(bench, projection, name, stages)

@@ -34,6 +34,7 @@ from lightning_influence.selection.component_pairs import ComponentPairs
 
 PACKAGES = ("torch", "transformers")
 OBJECTIVES = {"mrr": "MRR", "similarity": "similarity to the full gradient"}
+BARE = "bare forward and backward"  # the name of the stage
 DRAWN = 10**7  # random numbers that are timed
 
 
@@ -204,7 +205,7 @@ def _projected(kind: str, measured: Measured, results: Results, setting: str) ->
 
 def cost_rows(costs: Mapping[str, Cost], measured: Measured, distinct: int) -> list[dict[str, str | float | None]]:
     """Seconds of each stage, by example, and in relation to bare passes over the same tokens."""
-    bare = costs["bare forward and backward"]
+    bare = costs[BARE]
     rows: list[dict[str, str | float | None]] = []
     for cost in costs.values():
         tokens = cost.tokens or (
