@@ -31,6 +31,7 @@ from lightning_influence.estimators import (
     Interactions,
     ProjectedDot,
     Scores,
+    TracIn,
     pair_products,
 )
 from lightning_influence.evaluation import (
@@ -50,6 +51,7 @@ from lightning_influence.metrics import (
     retrieval_ranks,
 )
 from lightning_influence.projections import FactoredProjection, LoGra, Projection, TrakProjection
+from lightning_influence.report import ComponentImportance, component_importance
 from lightning_influence.selection import (
     ComponentPairs,
     ComponentPath,
@@ -105,6 +107,7 @@ __all__ = [  # noqa: RUF022  in the order in which data flows
     "ComponentDots",
     "ProjectedDot",
     "pair_products",
+    "TracIn",
     "InfluenceFunction",
     "Interactions",
     "Selection",
@@ -123,6 +126,8 @@ __all__ = [  # noqa: RUF022  in the order in which data flows
     "RetrievalSetting",
     "RetrievalReport",
     "candidate_recall",
+    "component_importance",
+    "ComponentImportance",
     "Recorder",
     "GradientDotRecorder",
     "CurvatureRecorder",

@@ -202,10 +202,8 @@ def naive(problem: Problem, count: int) -> Tensor:
     return torch.stack(columns, dim=1)
 
 
-def kronfluence_scores(problem: Problem, count: int) -> float:
-    """Seconds of per-module scores with the identity, for the first queries and all of their candidates."""
-    from kronfluence.analyzer import Analyzer, prepare_model
-    from kronfluence.arguments import FactorArguments, ScoreArguments
+def answers(model: nn.Module) -> Any:
+    """kronfluence's view of the same losses, on every linear layer."""
     from kronfluence.task import Task
 
     class Answers(Task):
@@ -218,39 +216,33 @@ def kronfluence_scores(problem: Problem, count: int) -> float:
             return self.compute_train_loss(batch, model)
 
         def get_influence_tracked_modules(self) -> list[str]:
-            return [name for name, module in problem.model.named_modules() if isinstance(module, nn.Linear)]
+            return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
         def get_attention_mask(self, batch: Row) -> Tensor:
             return batch["attention_mask"]
 
-    task = Answers()
-    used = sorted({k for row in problem.candidates[:count] for k in row})
-    queries = Sequences(problem.queries.rows[:count])
-    train = Sequences([problem.train[k] for k in used])
-    model = copy.deepcopy(problem.model)
-    with tempfile.TemporaryDirectory() as folder:
-        analyzer = Analyzer(
-            "dots",
-            prepare_model(model, task),
-            task,
-            output_dir=folder,
-            cpu=True,
-            disable_tqdm=True,
-            log_level=logging.ERROR,
-        )
-        from kronfluence.utils.dataset import DataLoaderKwargs
+    return Answers()
 
+
+def kronfluence_scores(problem: Problem, count: int) -> float:
+    """Seconds of per-module scores with the identity, for the first queries and all of their candidates."""
+    from kronfluence.analyzer import Analyzer, prepare_model
+    from kronfluence.arguments import FactorArguments, ScoreArguments
+    from kronfluence.utils.dataset import DataLoaderKwargs
+
+    task = answers(problem.model)
+    queries = Sequences(problem.queries.rows[:count])
+    train = Sequences([problem.train[k] for k in sorted({k for row in problem.candidates[:count] for k in row})])
+    model = prepare_model(copy.deepcopy(problem.model), task)
+    quiet: dict[str, Any] = {"cpu": True, "disable_tqdm": True, "log_level": logging.ERROR}
+    apart = ScoreArguments(compute_per_module_scores=True)
+    with tempfile.TemporaryDirectory() as folder:
+        analyzer = Analyzer("dots", model, task, output_dir=folder, **quiet)
         analyzer.set_dataloader_kwargs(DataLoaderKwargs(collate_fn=padded))
         analyzer.fit_all_factors("f", train, 4, factor_args=FactorArguments(strategy="identity"))
         seconds, _ = timed(
             lambda: analyzer.compute_pairwise_scores(
-                "s",
-                "f",
-                queries,
-                train,
-                count,
-                per_device_train_batch_size=8,
-                score_args=ScoreArguments(compute_per_module_scores=True),
+                "s", "f", queries, train, count, per_device_train_batch_size=8, score_args=apart
             )
         )
         return seconds
@@ -323,48 +315,48 @@ def errors(problem: Problem, dots: Any) -> dict[str, float]:
     return {key: float(((value - truth).abs() / lengths).max()) for key, value in found.items()}
 
 
+def rounds(problem: Problem) -> tuple[dict[str, float], dict[str, float], Any]:
+    """Median seconds and processor seconds of both, in turns, and what ours found."""
+    times: dict[str, list[tuple[float, float]]] = {"bare": [], "ours": []}
+    found: list[Any] = []
+    works = {"bare": lambda: bare(problem), "ours": lambda: found.append(ours(problem))}
+    longest_batch(problem)  # warm-up
+    for turn in range(problem.args.repeats):
+        for name in ("bare", "ours") if turn % 2 == 0 else ("ours", "bare"):
+            times[name].append(timed(works[name]))
+        print({key: [round(value, 1) for value in values[-1]] for key, values in times.items()}, flush=True)
+    wall, used = ({key: statistics.median(v[k] for v in values) for key, values in times.items()} for k in (0, 1))
+    return wall, used, found[0]
+
+
+def rivals(problem: Problem) -> dict[str, float]:
+    """Seconds for all queries, from the first few: both take each query for itself."""
+    count = problem.args.rivals
+    scale = len(problem.queries) / count
+    slow = {"naive": timed(lambda: naive(problem, count))[0], "kronfluence": kronfluence_scores(problem, count)}
+    print(f"rivals on {count} of {len(problem.queries)} queries [s]:", {k: round(v, 1) for k, v in slow.items()})
+    return {key: scale * value for key, value in slow.items()}
+
+
 def main() -> None:
     args = arguments()
     warnings.filterwarnings("ignore")
     problem = real_problem(args) if args.pairs else random_problem(args)
     if args.only:
-        work = ours if args.only == "ours" else longest_batch
-        print(added_memory(lambda: work(problem)))
+        print(added_memory(lambda: (ours if args.only == "ours" else longest_batch)(problem)))
         return
     lengths = [len(row["input_ids"]) for row in problem.distinct]
     mean = statistics.mean(lengths)
     print(f"{len(lengths)} distinct examples, mean {mean:.0f} tokens, {torch.get_num_threads()} threads")
-    times: dict[str, list[tuple[float, float]]] = {"bare": [], "ours": []}
-    found: list[Any] = []
-    longest_batch(problem)  # warm-up
-    for turn in range(args.repeats):
-        for name in ("bare", "ours") if turn % 2 == 0 else ("ours", "bare"):
-            work = {"bare": lambda: bare(problem), "ours": lambda: found.append(ours(problem))}[name]
-            times[name].append(timed(work))
-        print({key: [round(value, 1) for value in values[-1]] for key, values in times.items()}, flush=True)
-    medians, used_cpu = (
-        {key: statistics.median(v[k] for v in values) for key, values in times.items()} for k in (0, 1)
-    )
-    print("largest error in float32:", {key: f"{value:.1e}" for key, value in errors(problem, found[0]).items()})
-    model = sum(p.nbytes for p in problem.model.parameters()) / 2**20
-    used, batch = memory_of("ours"), memory_of("batch")
-    result = {
-        "ratio_bare": medians["ours"] / medians["bare"],
-        "ratio_bare_cpu": used_cpu["ours"] / used_cpu["bare"],
-    }
+    wall, used, dots = rounds(problem)
+    result = {"ratio_bare": wall["ours"] / wall["bare"], "ratio_bare_cpu": used["ours"] / used["bare"]}
     if args.rivals:
-        scale = len(problem.queries) / args.rivals
-        slow = {
-            "naive": scale * timed(lambda: naive(problem, args.rivals))[0],
-            "kronfluence": scale * kronfluence_scores(problem, args.rivals),
-        }
-        print(
-            f"rivals on {args.rivals} queries, scaled to {len(problem.queries)} [s]:",
-            {k: round(v, 1) for k, v in slow.items()},
-        )
-        result |= {f"ratio_{key}": medians["ours"] / value for key, value in slow.items()}
-    result |= {"peak_mb": model + used, "allowed_mb": model + args.budget / 2**20 + 2 * batch}
-    print("medians [s]:", {key: round(value, 2) for key, value in medians.items()})
+        result |= {f"ratio_{key}": wall["ours"] / value for key, value in rivals(problem).items()}
+    print("largest error in float32:", {key: f"{value:.1e}" for key, value in errors(problem, dots).items()})
+    model = sum(p.nbytes for p in problem.model.parameters()) / 2**20
+    allowed = model + args.budget / 2**20 + 2 * memory_of("batch")
+    result |= {"peak_mb": model + memory_of("ours"), "allowed_mb": allowed}
+    print("medians [s]:", {key: round(value, 2) for key, value in wall.items()})
     print("RESULT", json.dumps({key: round(value, 4) for key, value in result.items()}))
 
 
