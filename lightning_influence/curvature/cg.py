@@ -102,7 +102,8 @@ class CG(IterativeCurvature):
         rho = _dots(residual, direction)
         steps = torch.zeros(len(vectors), dtype=torch.int64, device=vectors.device)
         trail = [_dots(residual, residual).sqrt() / lengths]
-        for _ in tqdm(range(self.max_steps), desc=f"{self!r}"[:40], delay=3, leave=False, disable=not self._progress):
+        bar = tqdm(range(self.max_steps), desc="CG", delay=3, leave=False, disable=not self._progress)
+        for _ in bar:
             rows = (trail[-1] > self.tolerance).nonzero().flatten()
             if not len(rows):
                 break
@@ -123,7 +124,8 @@ class CG(IterativeCurvature):
         rest = vectors - product(solution) - damping * solution
         trail[-1] = _dots(rest, rest).sqrt() / lengths
         found = Convergence(torch.stack(trail).cpu(), steps.cpu(), self.tolerance)
-        self._report(found, "Raise max_steps, tolerance or damping, or pass preconditioner=EKFAC().")
+        more = ", or pass preconditioner=EKFAC()" if self.preconditioner is None else ""
+        self._report(found, f"Raise max_steps, tolerance or damping{more}.")
         return solution
 
     def _preconditioned(self, components: Sequence[Component], vectors: Tensor) -> Tensor:

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import chain
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import Self
 
 from lightning_influence.capture import Component, ExampleLoader, ExampleLoss, parameter_gradients
 from lightning_influence.capture.batches import map_tensors, to_device
 from lightning_influence.capture.forward import runnable
-from lightning_influence.capture.guard import unchanged
 from lightning_influence.capture.layers.base import widened
-from lightning_influence.capture.losses import LanguageModelLoss
-from lightning_influence.capture.losses.base import at_least_float, logits_of
 from lightning_influence.curvature.base import loss_for
+from lightning_influence.curvature.differentiation import (
+    cut_off,
+    differentiated,
+    has_dead_end,
+    signature,
+    tracked_ones,
+    twice_differentiable,
+)
 
 ProductKind: TypeAlias = Literal["gauss-newton", "hessian"]
 
@@ -58,7 +59,7 @@ class CurvatureProduct(ABC):
         self.components = tuple(components)
         self.loader = ExampleLoader(data)
         self.loss = twice_differentiable(loss_for(model, self.loader, loss))
-        self._seen = _signature(model)
+        self._seen = signature(model)
         self._graph_checked = False
 
     @property
@@ -89,7 +90,7 @@ class CurvatureProduct(ABC):
         Raises:
             ValueError: If a parameter or buffer has changed since.
         """
-        for (name, before), (_, now) in zip(self._seen, _signature(self.model), strict=True):
+        for (name, before), (_, now) in zip(self._seen, signature(self.model), strict=True):
             if not torch.allclose(before, now, rtol=1e-10, atol=0.0, equal_nan=True):
                 raise ValueError(
                     f"{type(self.model).__name__}.{name} has changed since the curvature was fitted, and products "
@@ -104,7 +105,7 @@ class CurvatureProduct(ABC):
                 differentiated twice.
         """
         names = [name for c in self.components for name in c.parameters]
-        with _differentiated(self.model, names) as parameters:
+        with differentiated(self.model, names) as parameters:
             rows = self._unpacked(vectors.clone() if vectors.is_inference() else vectors)
             totals = [torch.zeros_like(row) for row in rows]
             for ids, batch in self.loader:
@@ -138,7 +139,7 @@ class CurvatureProduct(ABC):
 
         Autograd does not follow them where nothing beneath is asked for, and the product would lack their part.
         """
-        if not self._graph_checked and _has_dead_end(tensors):
+        if not self._graph_checked and has_dead_end(tensors):
             raise ValueError(self._once("an operation in it is marked once_differentiable"))
         self._graph_checked = True
 
@@ -146,7 +147,7 @@ class CurvatureProduct(ABC):
         return (
             f"`{type(self).__name__}`: {type(self.model).__name__} or its loss ({type(self.loss).__name__}) cannot be "
             f"differentiated twice: {reason}. Expected operations with second derivatives, for example "
-            "attn_implementation='eager'; EKFAC() needs first derivatives only."
+            "attn_implementation='sdpa'; EKFAC() needs first derivatives only."
         )
 
     def _losses(self, ids: Tensor, batch: Any) -> Tensor:
@@ -189,7 +190,7 @@ class HessianProduct(CurvatureProduct):
     def _products(self, ids: Tensor, batch: Any, parameters: list[Tensor], rows: list[Tensor]) -> list[list[Tensor]]:
         values = self._losses(ids, batch)
         gradients = torch.autograd.grad(
-            values, parameters, _ones(values), create_graph=True, allow_unused=True, materialize_grads=True
+            values, parameters, tracked_ones(values), create_graph=True, allow_unused=True, materialize_grads=True
         )
         self._check_graph(gradients)
         curved = [k for k, gradient in enumerate(gradients) if gradient.requires_grad]
@@ -225,7 +226,7 @@ class GaussNewtonProduct(CurvatureProduct):
 
     def _products(self, ids: Tensor, batch: Any, parameters: list[Tensor], rows: list[Tensor]) -> list[list[Tensor]]:
         outputs, cut, values = self._cut(ids, batch, parameters)
-        [slope] = torch.autograd.grad(values, [cut], _ones(values), create_graph=True)
+        [slope] = torch.autograd.grad(values, [cut], tracked_ones(values), create_graph=True)
         # J v is the derivative by u of the linear u -> J^T u, which one graph gives for all v.
         dual = torch.zeros_like(outputs, requires_grad=True)
         pulled = torch.autograd.grad(outputs, parameters, dual, create_graph=True, allow_unused=True)
@@ -254,7 +255,7 @@ class GaussNewtonProduct(CurvatureProduct):
         network, calls = runnable(self.model), []
 
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            calls.append(_cut_off(output))
+            calls.append(cut_off(output))
             return calls[-1][2]
 
         handle = network.register_forward_hook(hook)
@@ -283,71 +284,3 @@ class GaussNewtonProduct(CurvatureProduct):
 
 
 PRODUCTS: dict[str, type[CurvatureProduct]] = {p.kind: p for p in (GaussNewtonProduct, HessianProduct)}
-
-
-def twice_differentiable(loss: ExampleLoss) -> ExampleLoss:
-    """The same loss in a form that has second derivatives, where the fast one has none."""
-    if type(loss) is not LanguageModelLoss:
-        return loss
-    twin = copy.copy(loss)
-    twin.__class__ = _PlainLanguageModelLoss
-    return twin
-
-
-class _PlainLanguageModelLoss(LanguageModelLoss):
-    def _reduced(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        each = F.cross_entropy(at_least_float(logits[mask]), labels[mask], reduction="none")
-        total = each.new_zeros(mask.shape).masked_scatter(mask, each).sum(1)
-        return total if self.reduction == "sum" else total / mask.sum(1).clamp_min(1)
-
-
-@contextmanager
-def _differentiated(model: nn.Module, names: list[str]) -> Iterator[list[Tensor]]:
-    """The parameters of these names, and no others, require gradients."""
-    with unchanged(model), sdpa_kernel(SDPBackend.MATH):
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        chosen: list[Tensor] = [model.get_parameter(name).requires_grad_(True) for name in names]
-        yield chosen
-
-
-def _cut_off(output: Any) -> tuple[Tensor, Tensor, Any]:
-    """The logits in an output, a copy of them that begins a graph of its own, and the output with that copy."""
-    logits = logits_of(output)
-    leaf = logits.detach().requires_grad_()
-    changed = map_tensors(output, lambda tensor: leaf if tensor is logits else tensor)
-    if logits_of(changed) is not leaf:  # an object that is no container
-        changed = copy.copy(output)
-        changed.logits = leaf
-    return logits, leaf, changed
-
-
-def _ones(losses: Tensor) -> Tensor:
-    """Weights of the losses, which require a gradient: operations that cannot be differentiated twice show then."""
-    return torch.ones_like(losses).requires_grad_()
-
-
-def _has_dead_end(tensors: Sequence[Tensor]) -> bool:
-    """Whether the node that once_differentiable leaves behind is somewhere in the graph of these tensors."""
-    ahead: list[Any] = [tensor.grad_fn for tensor in tensors]
-    seen: set[Any] = set()
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
-            continue
-        if type(node).__name__ == "Error":
-            return True
-        seen.add(node)
-        ahead += [child for child, _ in node.next_functions]
-    return False
-
-
-def _signature(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """A few numbers of every parameter and buffer that change when it does."""
-    found = []
-    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if tensor.is_floating_point() and tensor.numel():
-            flat = tensor.detach().flatten()
-            sums = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in (flat, flat.clamp_min(0))]
-            found.append((name, torch.stack(sums).cpu()))
-    return found

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 
 from lightning_influence.capture import LanguageModelLoss, RegressionLoss, find_components, parameter_gradients
 from lightning_influence.curvature import GaussNewtonProduct, HessianProduct
-from lightning_influence.curvature.products import twice_differentiable
 from tests.curvature import oracles_second_order as truths
 from tests.curvature.models import (
+    VOCABULARY,
     Images,
     Mixed,
     Tokens,
@@ -335,12 +336,18 @@ def test_changed_weights_are_noticed() -> None:
         product.check_weights()
 
 
-def test_the_fast_loss_of_language_models_is_replaced_by_one_with_second_derivatives() -> None:
-    fast = LanguageModelLoss("mean", shift=False)
-    plain = twice_differentiable(fast)
-    assert (plain.reduction, plain.shift) == ("mean", False)
-    assert type(fast) is LanguageModelLoss
-    model, batch = ready(Tokens()), torch.utils.data.default_collate(texts(4))
-    torch.testing.assert_close(plain.losses(model, batch), fast.losses(model, batch))
-    other = RegressionLoss()
-    assert twice_differentiable(other) is other
+def test_attention_has_second_derivatives_whatever_it_is_set_to() -> None:
+    """The fused kernels have none, and are not taken."""
+    found = []
+    for attention in ("sdpa", "eager"):
+        config = transformers.GPTNeoXConfig(
+            vocab_size=VOCABULARY, hidden_size=4, num_hidden_layers=1, num_attention_heads=2, intermediate_size=4
+        )
+        config._attn_implementation = attention
+        model = ready(transformers.GPTNeoXForCausalLM(config))
+        components = find_components(model, "attention")
+        vectors = normal(2, sum(c.numel for c in components))
+        data = [row for row in texts(6) if row["attention_mask"][0]]  # transformers' eager formula fails on others
+        found += [kind(model, components, data)(vectors) for kind in (GaussNewtonProduct, HessianProduct)]
+    torch.testing.assert_close(found[:2], found[2:])
+    assert not torch.allclose(found[0], found[1])

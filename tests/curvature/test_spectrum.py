@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_influence.curvature.spectrum import lanczos, random_start, spectrum_ends
@@ -11,6 +13,20 @@ from tests.curvature.models import normal
 def matrix_of(values: list[float]) -> Tensor:
     basis = torch.linalg.qr(normal(len(values), len(values)))[0]
     return basis @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ basis.T
+
+
+@given(st.integers(1, 8), st.integers(1, 8), st.integers(0, 10_000))
+@settings(max_examples=40, deadline=None)
+def test_pairs_are_those_of_the_operator_within_the_space(size: int, steps: int, seed: int) -> None:
+    """Ritz pairs: orthonormal, with residuals orthogonal to the space; never outside the spectrum."""
+    drawn = normal(size, size, seed=seed)
+    matrix = drawn + drawn.T
+    values, vectors = lanczos(lambda v: v @ matrix, normal(size, seed=seed + 1), steps)
+    torch.testing.assert_close(vectors @ vectors.T, torch.eye(len(vectors), dtype=torch.float64))
+    torch.testing.assert_close(vectors @ matrix @ vectors.T, torch.diag(values), rtol=1e-7, atol=1e-7)
+    ends = torch.linalg.eigvalsh(matrix)
+    assert ends[0] - 1e-9 <= values[-1] <= values[0] <= ends[-1] + 1e-9
+    assert bool((values.diff() <= 0).all())
 
 
 def test_the_whole_space_gives_all_eigenpairs() -> None:
