@@ -92,8 +92,8 @@ class Arnoldi(IterativeCurvature):
 
     def _take(self, product: CurvatureProduct, progress: bool) -> None:
         start = random_start(product.size, self.seed, product.like)
-        values, vectors = lanczos(product, start, min(self.steps, product.size))
-        kept = values[: self.rank] > 100 * torch.finfo(vectors.dtype).eps * values.abs().max()
+        values, vectors = lanczos(product, start, min(self.steps, product.size), self.rank)
+        kept = values > 100 * torch.finfo(vectors.dtype).eps * values[0].abs()
         if not bool(kept.any()):
             raise ValueError(f"`{self!r}`: found no positive eigenvalue; expected a matrix other than 0.")
         count = int(kept.sum())

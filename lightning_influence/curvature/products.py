@@ -58,7 +58,7 @@ class CurvatureProduct(ABC):
         self.model = model
         self.components = tuple(components)
         self.loader = ExampleLoader(data)
-        self.loss = twice_differentiable(loss_for(model, self.loader, loss))
+        self.loss = twice_differentiable(loss_for(model, self.loader, loss).where_supervised())
         self._seen = signature(model)
         self._graph_checked = False
 

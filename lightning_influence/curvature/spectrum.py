@@ -10,7 +10,7 @@ from torch import Tensor
 Operator = Callable[[Tensor], Tensor]
 
 
-def lanczos(operator: Operator, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+def lanczos(operator: Operator, start: Tensor, steps: int, rank: int | None = None) -> tuple[Tensor, Tensor]:
     """Eigenpairs of a symmetric operator within the Krylov space of a vector.
 
     Arnoldi's iteration for a symmetric matrix, with every new direction made orthogonal to all before it twice
@@ -21,30 +21,33 @@ def lanczos(operator: Operator, start: Tensor, steps: int) -> tuple[Tensor, Tens
         operator: [1, P] -> [1, P].
         start: [P], not 0.
         steps: Dimension of the space, at most.
+        rank: Pairs to return, at most; None for all.
 
     Returns:
         Eigenvalues, float64 [k], descending, and orthonormal vectors [k, P].
     """
-    basis = [start / start.norm()]
+    basis = start.new_empty(steps, len(start))
+    basis[0] = start / start.norm()
     projected = torch.zeros(steps, steps, dtype=torch.float64)
     floor = 100 * torch.finfo(start.dtype).eps
+    size = steps
     for k in range(steps):
-        image = operator(basis[k][None])[0]
+        image = operator(basis[k : k + 1])[0]
         length = float(image.norm())
-        rows = torch.stack(basis)
+        rows = basis[: k + 1]
         for _ in range(2):
             found = rows @ image
             projected[: k + 1, k] += found.double().cpu()
             image = image - found @ rows
         rest = float(image.norm())
-        if rest <= floor * max(length, 1e-300) or k + 1 == steps:
+        if rest <= floor * length:
+            size = k + 1
             break
-        basis.append(image / rest)
-    size = len(rows)
+        if k + 1 < steps:
+            basis[k + 1] = image / rest
     block = projected[:size, :size]
-    block = block.triu() + block.triu(1).mT
-    values, inner = torch.linalg.eigh(block)
-    return values.flip(0), inner.flip(1).mT.to(rows) @ rows
+    values, inner = torch.linalg.eigh(block.triu() + block.triu(1).mT)
+    return values.flip(0)[:rank], inner.flip(1).mT[:rank].to(basis) @ basis[:size]
 
 
 def spectrum_ends(operator: Operator, start: Tensor, steps: int = 20) -> tuple[float, float]:

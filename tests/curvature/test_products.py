@@ -134,6 +134,18 @@ def test_batches_rows_blocks_and_parts(kind: Any, batch_size: int) -> None:
     assert product.size == sum(c.numel for c in components)
 
 
+@pytest.mark.parametrize("kind", [GaussNewtonProduct, HessianProduct])
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_an_example_without_a_label_counts_as_one_without_a_loss(kind: Any, batch_size: int) -> None:
+    model, data = ready(Tokens()), texts(4)
+    components = find_components(model)
+    silent = {**data[1], "labels": torch.full_like(data[1]["labels"], -100)}
+    loader = torch.utils.data.DataLoader([*data, silent], batch_size=batch_size)
+    torch.testing.assert_close(
+        dense(kind(model, components, loader)), dense(kind(model, components, data)) * 4 / 5, rtol=1e-9, atol=1e-12
+    )
+
+
 def test_a_frozen_layer_that_is_named_counts_and_others_are_constants() -> None:
     model, data = mlp(), points(6)
     whole = dense(HessianProduct(model, find_components(model), data))

@@ -35,6 +35,9 @@ def test_the_whole_space_gives_all_eigenpairs() -> None:
     torch.testing.assert_close(values, torch.linalg.eigvalsh(matrix).flip(0))
     torch.testing.assert_close(vectors @ matrix, values[:, None] * vectors)
     torch.testing.assert_close(vectors @ vectors.T, torch.eye(6, dtype=torch.float64))
+    leading = lanczos(lambda v: v @ matrix, normal(6), 6, rank=2)
+    assert torch.equal(leading[0], values[:2])
+    torch.testing.assert_close(leading[1], vectors[:2])
 
 
 def test_it_stops_where_the_space_is_invariant() -> None:
