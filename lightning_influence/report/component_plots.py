@@ -106,7 +106,9 @@ def _steps(axes: Axes, curve: ShareCurve, colour: str, band: bool) -> None:
     axes.step(shares, curve.values, where="post", color=colour, linewidth=1.6, label=curve.label)
     if band and curve.intervals is not None:
         low, high = zip(*curve.intervals, strict=True)
-        axes.fill_between(shares, low, high, step="post", color=colour, alpha=0.15, linewidth=0, label="95 % interval")
+        axes.fill_between(
+            shares, low, high, step="post", color=colour, alpha=0.15, linewidth=0, label=f"95 % of {curve.label}"
+        )
 
 
 def _points(axes: Axes, point: ShareCurve, colour: str, marker: str) -> None:

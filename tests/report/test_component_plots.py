@@ -54,7 +54,7 @@ def test_share_plot_is_in_per_cent_on_a_log_scale():
     assert not other.containers
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert len(texts) == len(set(texts))
-    assert {"held-out", "95 % interval", "in-sample", "projection", "one", "full gradient", "chance"} == set(texts)
+    assert {"held-out", "95 % of held-out", "in-sample", "projection", "one", "full gradient", "chance"} == set(texts)
 
 
 def test_figures_can_be_saved(tmp_path):
