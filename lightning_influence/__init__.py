@@ -20,7 +20,21 @@ from lightning_influence.capture import (
     RegressionLoss,
     find_components,
 )
-from lightning_influence.curvature import EKFAC, KFAC, Curvature, Exact, Identity
+from lightning_influence.curvature import (
+    CG,
+    EKFAC,
+    KFAC,
+    Arnoldi,
+    Convergence,
+    Curvature,
+    Diagonal,
+    Exact,
+    GaussNewtonProduct,
+    HessianProduct,
+    Identity,
+    LiSSA,
+    ProjectedGram,
+)
 from lightning_influence.datamodule import DataSelector
 from lightning_influence.errors import NotFittedError, StoreError, UnsupportedLayerError
 from lightning_influence.estimators import (
@@ -109,7 +123,15 @@ __all__ = [  # noqa: RUF022  in the order in which data flows
     "Identity",
     "KFAC",
     "EKFAC",
+    "Diagonal",
+    "ProjectedGram",
     "Exact",
+    "CG",
+    "LiSSA",
+    "Arnoldi",
+    "Convergence",
+    "GaussNewtonProduct",
+    "HessianProduct",
     "Store",
     "Estimator",
     "Scores",

@@ -14,6 +14,7 @@ from lightning_influence.callbacks.recording import Recording
 from lightning_influence.capture import ExampleLoader, ExampleLoss, GradientCapture
 from lightning_influence.capture.data_fingerprint import data_fingerprint
 from lightning_influence.curvature import EKFAC, Curvature
+from lightning_influence.curvature.iterative import IterativeCurvature
 from lightning_influence.store import Store
 
 
@@ -32,7 +33,7 @@ class CurvatureRecorder(Recorder):
         **options: Those of `Recorder`: dirpath, components, loss, batch_size, keep, name.
 
     Raises:
-        ValueError: If the curvature is none, or an option is wrong.
+        ValueError: If the curvature is none, or leaves no factors behind, or an option is wrong.
     """
 
     default_name: ClassVar[str] = "curvature"
@@ -48,6 +49,13 @@ class CurvatureRecorder(Recorder):
         super().__init__(when, **options)
         if not isinstance(curvature, Curvature | None):
             raise ValueError(f"`{self._call(curvature=curvature)}`: expected a Curvature, such as EKFAC(damping=0.1).")
+        if isinstance(curvature, IterativeCurvature):
+            kind = type(curvature).__name__
+            raise ValueError(
+                f"`{self._call(curvature=curvature)}`: expected a curvature whose factors are added up over the training "
+                f"data, such as EKFAC(). {kind} goes back to the model and the data instead: after the fit, use "
+                f"InfluenceFunction(model, {kind}(...)).fit(train)."
+            )
         self.curvature = EKFAC() if curvature is None else curvature
         self.train = train
         self._usable: list[int] | None = None

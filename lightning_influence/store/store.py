@@ -318,7 +318,8 @@ class Store:
         if CURVATURES.get(kind) is not type(curvature):
             raise ValueError(
                 f"`write_curvature({name!r})`: {kind} could not be read back, expected one of {sorted(CURVATURES)}. "
-                "Add the class to lightning_influence.curvature.CURVATURES."
+                "Keep its settings and fit it again; a class of your own that has a state goes into "
+                "lightning_influence.curvature.CURVATURES."
             )
         return kind
 

@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 from lightning_influence.callbacks.curvature_recorder import CurvatureRecorder
 from lightning_influence.callbacks.records import find_records
 from lightning_influence.capture import ClassificationLoss, ExampleLoader
-from lightning_influence.curvature import EKFAC, KFAC, Exact, Identity
+from lightning_influence.curvature import CG, EKFAC, KFAC, Arnoldi, Curvature, Exact, Identity, LiSSA
 from lightning_influence.datamodule import DataSelector
 from lightning_influence.errors import StoreError
 from lightning_influence.estimators.influence_function import InfluenceFunction
@@ -156,4 +156,12 @@ def test_a_loss_that_is_no_tensor_is_refused_before_training(answer, tmp_path):
 @pytest.mark.parametrize("curvature", ["ekfac", EKFAC])
 def test_a_curvature_that_is_none(curvature):
     with pytest.raises(ValueError, match=r"`CurvatureRecorder\(curvature=.*\)`: expected a Curvature, such as EKFAC\("):
+        CurvatureRecorder(curvature)
+
+
+@pytest.mark.parametrize("curvature", [CG(), LiSSA(), Arnoldi()], ids=lambda c: type(c).__name__)
+def test_curvatures_that_leave_no_factors_are_refused(curvature: Curvature) -> None:
+    with pytest.raises(
+        ValueError, match=rf"CurvatureRecorder\(curvature={type(curvature).__name__}\(.*expected a curv"
+    ):
         CurvatureRecorder(curvature)
