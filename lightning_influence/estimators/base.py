@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from lightning_influence.capture.component import Select
 from lightning_influence.capture.sampling import Uniforms
 from lightning_influence.curvature.base import Curvature, loss_for
 from lightning_influence.estimators.scores import Scores
+from lightning_influence.estimators.self_influence import SELF, self_products
 
 Loss: TypeAlias = ExampleLoss | Callable[[nn.Module, Any], Tensor] | None
 Labels: TypeAlias = Literal["data", "sampled"]
@@ -40,9 +41,13 @@ class Estimator(ABC):
 
     Attributes:
         formula: What is computed, for the labels of the scores.
+        bilinear: Whether a score is ``<T g_q, g_i>`` with T linear.
+        one_model: Whether the gradients on both sides are of the same model and loss.
     """
 
     formula: str
+    bilinear: ClassVar[bool] = True
+    one_model: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -104,13 +109,47 @@ class Estimator(ABC):
         for block in self._query_blocks(left):
             gradients = self._query_gradients(block, labels, seed)
             blocks.append(self._against(gradients, right, per_component))
-        notes = (self.formula, "unit gradients" * self.normalise, "sampled query labels" * (labels == "sampled"))
         return Scores(
             values=torch.cat(blocks, dim=-2),
             query_ids=tuple(left.ids),
             train_ids=tuple(right.ids),
-            formula=", ".join(filter(None, notes)),
+            formula=self._described("sampled query labels" * (labels == "sampled")),
             reduction=self._reduction(left, right),
+            components=tuple(c.name for c in self.components) if per_component else None,
+            damping=self.damping,
+        )
+
+    def self_influence(self, train: Any, *, per_component: bool = False) -> Scores:
+        """Score every training example for itself: ``g_i^T (G + damping)^{-1} g_i``, which is >= 0.
+
+        Large for examples that the model knows by themselves alone: rare, hard or mislabelled ones. One pass over the
+        data; the gradients of as many examples are formed at a time as fit into ``memory_budget``.
+
+        Args:
+            train: Map-style dataset or DataLoader.
+            per_component: Whether to keep components apart, [c, 1, n].
+
+        Returns:
+            One row of scores, the query of which is ``"itself"``: the diagonal of ``score(train, train)``.
+
+        Raises:
+            ValueError: If the estimator has no such product, the data is empty, or a loss is not finite.
+        """
+        if not (self.bilinear and self.one_model):
+            raise ValueError(
+                f"`{type(self).__name__}.self_influence(train)`: an example has no product with itself here. Expected "
+                "an estimator with one model and a score linear in each gradient: InfluenceFunction or GradientDot."
+            )
+        loader = self._loader(train)
+        with self.capture:
+            batches = self._records(loader, "self-influence")
+            values = torch.cat([self._self_columns(dict(_named(records))) for records in batches], dim=-1)
+        return Scores(
+            values=(values if per_component else values.sum(0))[..., None, :],
+            query_ids=(SELF,),
+            train_ids=tuple(loader.ids),
+            formula=self._described("each example on itself"),
+            reduction=loss_for(self.model, loader, self.loss).reduction,
             components=tuple(c.name for c in self.components) if per_component else None,
             damping=self.damping,
         )
@@ -127,6 +166,10 @@ class Estimator(ABC):
         with self.capture:
             for records in self._records(loader, "checking queries", labels, seed):
                 next(records)  # the first record takes the passes, all others follow from them
+
+    def _described(self, *notes: str) -> str:
+        """The formula with what was done beside it, for the labels of scores."""
+        return ", ".join(filter(None, (self.formula, "unit gradients" * self.normalise, *notes)))
 
     def _loader(self, data: Any) -> ExampleLoader:
         return ExampleLoader(data, self.batch_size)
@@ -184,6 +227,18 @@ class Estimator(ABC):
         values = torch.stack(parts) if per_component else parts[0]
         return values * _inverse_length(torch.stack(squares).sum(0)) if self.normalise else values
 
+    def _self_columns(self, records: Mapping[str, LayerRecord]) -> Tensor:
+        """``<T g_i, g_i>`` of one batch, [c, n]."""
+        values = self._self_products(records).cpu()
+        if not self.normalise:
+            return values
+        squares = torch.stack([record.squared_norms().cpu() for record in records.values()]).sum(0)
+        return values * _inverse_length(squares).square()
+
+    def _self_products(self, records: Mapping[str, LayerRecord]) -> Tensor:
+        """As `_self_columns`, of gradients as they are; overridden where they need not be formed."""
+        return self_products(records, self.transform, self.memory_budget)
+
     def _records(
         self, loader: ExampleLoader, what: str, labels: Labels = "data", seed: int = 0
     ) -> Iterator[Iterator[tuple[Component, LayerRecord]]]:
@@ -219,6 +274,10 @@ def damping_label(curvature: Curvature) -> str | None:
     if settings.get("damping") is not None:
         return f"{settings['damping']}"
     return f"{settings['damping_share']} x mean eigenvalue" if "damping_share" in settings else None
+
+
+def _named(records: Iterator[tuple[Component, LayerRecord]]) -> Iterator[tuple[str, LayerRecord]]:
+    return ((component.name, record) for component, record in records)
 
 
 def _sampled(loss: ExampleLoss, ids: Tensor, seed: int) -> Callable[[nn.Module, Any], Tensor]:

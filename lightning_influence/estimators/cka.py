@@ -32,6 +32,7 @@ class CKA(Estimator):
     """
 
     formula = "sum over components of CKA(g_q, g_i)"
+    bilinear = False
 
     def __init__(
         self,

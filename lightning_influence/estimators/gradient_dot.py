@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.capture import ExampleLoader
+from lightning_influence.capture import ExampleLoader, LayerRecord
 from lightning_influence.curvature.base import loss_for
 from lightning_influence.estimators.base import Estimator, check_supervised
 from lightning_influence.estimators.component_dots import ComponentDots
@@ -33,6 +33,10 @@ class GradientDot(Estimator):
     def transform(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """As they are."""
         return dict(gradients)
+
+    def _self_products(self, records: Mapping[str, LayerRecord]) -> Tensor:
+        """Squared lengths, from factors where that is cheaper."""
+        return torch.stack([record.squared_norms() for record in records.values()])
 
     def pairs(
         self,

@@ -67,6 +67,8 @@ class MultiStageInfluence(Estimator):
             are not merged.
     """
 
+    one_model = False
+
     def __init__(
         self,
         pretrained: nn.Module,
