@@ -1,4 +1,4 @@
-"""Small texts for examples: sentences about four topics made on the spot, or a file; words as tokens; a small GPT-NeoX."""
+"""Small texts for examples, made on the spot or from a file, with a token for each word; and a small GPT-NeoX."""
 
 from __future__ import annotations
 
