@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Literal, TypeAlias
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lightning_influence.capture import Component, ExampleLoader, ExampleLoss, GradientCapture, LayerRecord
+from lightning_influence.capture import Component, ExampleLoader, GradientCapture, LayerRecord
 from lightning_influence.capture.batches import to_device
 from lightning_influence.capture.component import Select
-from lightning_influence.capture.sampling import Uniforms
 from lightning_influence.curvature.base import Curvature, loss_for
+from lightning_influence.estimators.queries import Aggregate, asked, check_asked, row_ids, sampled_losses
+from lightning_influence.estimators.queries import Labels as Labels
+from lightning_influence.estimators.queries import Loss as Loss
+from lightning_influence.estimators.queries import check_supervised as check_supervised
 from lightning_influence.estimators.scores import Scores
 from lightning_influence.estimators.self_influence import SELF, self_products
-
-Loss: TypeAlias = ExampleLoss | Callable[[nn.Module, Any], Tensor] | None
-Labels: TypeAlias = Literal["data", "sampled"]
+from lightning_influence.estimators.top_scores import RunningTop, TopScores, check_k
 
 
 class Estimator(ABC):
@@ -83,7 +84,14 @@ class Estimator(ABC):
         """Query gradients by component, each [q, *shape] -> what training gradients are multiplied with."""
 
     def score(
-        self, queries: Any, train: Any, *, per_component: bool = False, labels: Labels = "data", seed: int = 0
+        self,
+        queries: Any,
+        train: Any,
+        *,
+        per_component: bool = False,
+        aggregate: Aggregate = None,
+        labels: Labels = "data",
+        seed: int = 0,
     ) -> Scores:
         """Score every training example for every query.
 
@@ -91,6 +99,8 @@ class Estimator(ABC):
             queries: Map-style dataset or DataLoader of the examples whose loss matters.
             train: Map-style dataset or DataLoader of the examples whose influence is asked.
             per_component: Whether to keep components apart, [c, q, n].
+            aggregate: ``"mean"`` scores for the mean loss of the queries, in one row of the id ``"mean"``: their
+                gradients are averaged (in their dtype) before anything else is done to them.
             labels: ``"sampled"`` replaces the queries' labels by draws from the model, as the Fisher of the
                 queries needs.
             seed: Of those draws.
@@ -99,23 +109,68 @@ class Estimator(ABC):
             Scores in the order of the data; ids are positions.
 
         Raises:
-            ValueError: If the data is empty, a query has nothing supervised, or a loss is not finite (ids are named).
+            ValueError: If the data is empty, a query has nothing supervised, a loss is not finite (ids are named), or
+                scores of a mean are asked of an estimator that is not linear in the query.
         """
-        if labels not in ("data", "sampled"):
-            raise ValueError(f"`{type(self).__name__}.score(labels={labels!r})`: expected 'data' or 'sampled'.")
-        left, right = self._loader(queries), self._loader(train)
-        self._check_queries(left)
-        blocks = []
-        for block in self._query_blocks(left):
-            gradients = self._query_gradients(block, labels, seed)
-            blocks.append(self._against(gradients, right, per_component))
+        left, right = self._sides("score", queries, train, labels, aggregate)
+        blocks = [
+            torch.cat(list(self._columns_of(gradients, right, per_component)), dim=-1)
+            for gradients in self._prepared(left, aggregate, labels, seed)
+        ]
         return Scores(
             values=torch.cat(blocks, dim=-2),
-            query_ids=tuple(left.ids),
+            query_ids=row_ids(left, aggregate),
             train_ids=tuple(right.ids),
-            formula=self._described("sampled query labels" * (labels == "sampled")),
+            formula=self._described(*asked(left, labels, aggregate)),
             reduction=self._reduction(left, right),
             components=tuple(c.name for c in self.components) if per_component else None,
+            damping=self.damping,
+        )
+
+    def top(
+        self,
+        queries: Any,
+        train: Any,
+        k: int,
+        *,
+        harmful: bool = False,
+        aggregate: Aggregate = None,
+        labels: Labels = "data",
+        seed: int = 0,
+    ) -> TopScores:
+        """The k most helpful training examples of each query, where q x n scores are too many to keep.
+
+        The same as `score` followed by `Scores.top`, ties included; what is kept is k for each query.
+
+        Args:
+            queries: As for `score`.
+            train: As for `score`.
+            k: Training examples to keep for each query; all of them where there are fewer.
+            harmful: Whether to keep the most harmful ones.
+            aggregate: As for `score`.
+            labels: As for `score`.
+            seed: As for `score`.
+
+        Raises:
+            ValueError: As `score`, or if k is out of range.
+        """
+        check_k(f"{type(self).__name__}.top", k)
+        left, right = self._sides("top", queries, train, labels, aggregate)
+        found = []
+        for gradients in self._prepared(left, aggregate, labels, seed):
+            best = RunningTop(k, lowest=harmful)
+            for columns in self._columns_of(gradients, right):
+                best.update(columns)
+            found.append(best)
+        positions = [row for best in found for row in best.positions.tolist()]
+        return TopScores(
+            values=torch.cat([best.values for best in found]),
+            train_ids=tuple(tuple(right.ids[i] for i in row) for row in positions),
+            query_ids=row_ids(left, aggregate),
+            num_train=right.num_examples,
+            formula=self._described(*asked(left, labels, aggregate)),
+            reduction=self._reduction(left, right),
+            harmful=harmful,
             damping=self.damping,
         )
 
@@ -171,6 +226,15 @@ class Estimator(ABC):
         """The formula with what was done beside it, for the labels of scores."""
         return ", ".join(filter(None, (self.formula, "unit gradients" * self.normalise, *notes)))
 
+    def _sides(
+        self, call: str, queries: Any, train: Any, labels: Labels, aggregate: Aggregate
+    ) -> tuple[ExampleLoader, ExampleLoader]:
+        """Both loaders, after everything that can be refused before the first gradient."""
+        check_asked(f"{type(self).__name__}.{call}", labels, aggregate, bilinear=self.bilinear)
+        left, right = self._loader(queries), self._loader(train)
+        self._check_queries(left)
+        return left, right
+
     def _loader(self, data: Any) -> ExampleLoader:
         return ExampleLoader(data, self.batch_size)
 
@@ -191,24 +255,45 @@ class Estimator(ABC):
         """Numbers that are kept of one query."""
         return sum(c.numel for c in self.components)
 
+    def _prepared(
+        self, loader: ExampleLoader, aggregate: Aggregate, labels: Labels, seed: int
+    ) -> Iterator[dict[str, Tensor]]:
+        """What training gradients are multiplied with, for a block of queries at a time, or for their mean."""
+        total: dict[str, Tensor] = {}
+        for block in self._query_blocks(loader):
+            if aggregate is None:
+                yield self._query_gradients(block, labels, seed)
+                continue
+            for name, part in self._own_gradients(block, labels, seed).items():
+                mean = part.sum(0, keepdim=True) / loader.num_examples
+                total[name] = total[name] + mean if name in total else mean
+        if total:
+            yield self.transform(total)
+
     def _query_gradients(self, loader: ExampleLoader, labels: Labels, seed: int) -> dict[str, Tensor]:
+        return self.transform(self._own_gradients(loader, labels, seed))
+
+    def _own_gradients(self, loader: ExampleLoader, labels: Labels, seed: int) -> dict[str, Tensor]:
+        """Gradients of queries by component, each [q, *shape], scaled to unit length where that is asked."""
         found: dict[str, list[Tensor]] = {c.name: [] for c in self.components}
         with self.capture:
             for records in self._records(loader, "query gradients", labels, seed):
                 for component, record in records:
                     found[component.name].append(record.example_gradients())
         gradients = {name: torch.cat(parts) for name, parts in found.items()}
-        if self.normalise:
-            squares = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0)
-            scale = _inverse_length(squares)
-            gradients = {k: g * scale.reshape(-1, *[1] * (g.dim() - 1)) for k, g in gradients.items()}
-        return self.transform(gradients)
+        if not self.normalise:
+            return gradients
+        squares = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0)
+        scale = _inverse_length(squares)
+        return {k: g * scale.reshape(-1, *[1] * (g.dim() - 1)) for k, g in gradients.items()}
 
-    def _against(self, gradients: Mapping[str, Tensor], loader: ExampleLoader, per_component: bool) -> Tensor:
-        """[q, n] or [c, q, n]."""
+    def _columns_of(
+        self, gradients: Mapping[str, Tensor], loader: ExampleLoader, per_component: bool = False
+    ) -> Iterator[Tensor]:
+        """[q, n] or [c, q, n] of one batch of training examples after another."""
         with self.capture:
-            batches = self._records(loader, "training examples")
-            return torch.cat([self._columns(gradients, records, per_component) for records in batches], dim=-1)
+            for records in self._records(loader, "training examples"):
+                yield self._columns(gradients, records, per_component)
 
     def _columns(
         self, gradients: Mapping[str, Tensor], records: Iterator[tuple[Component, LayerRecord]], per_component: bool
@@ -248,24 +333,9 @@ class Estimator(ABC):
         label = f"{type(self).__name__}: {what}"
         for ids, batch in tqdm(loader, desc=label, delay=3, leave=False, disable=not self.progress):
             batch = to_device(batch, device)
-            losses = _sampled(loss, ids, seed) if labels == "sampled" else loss.losses
+            losses = sampled_losses(loss, ids, seed) if labels == "sampled" else loss.losses
             records = self.capture.record(batch, losses, ids, loss.position_mask(batch), loss.batch_size(batch))
             yield zip(self.components, records, strict=True)
-
-
-def check_supervised(model: nn.Module, loader: ExampleLoader, loss: Loss) -> None:
-    """Refuse queries without a target: they have no loss.
-
-    Raises:
-        ValueError: Naming their ids.
-    """
-    found = loss_for(model, loader, loss)
-    silent = [k for ids, batch in loader for k in ids[found.supervised(batch).cpu() == 0].tolist()]
-    if silent:
-        raise ValueError(
-            f"{len(silent)} of {loader.num_examples} queries have no supervised target (ids {silent[:8]}); expected "
-            "at least one label other than -100 in each. Remove them, or check the label mask."
-        )
 
 
 def damping_label(curvature: Curvature) -> str | None:
@@ -278,10 +348,6 @@ def damping_label(curvature: Curvature) -> str | None:
 
 def _named(records: Iterator[tuple[Component, LayerRecord]]) -> Iterator[tuple[str, LayerRecord]]:
     return ((component.name, record) for component, record in records)
-
-
-def _sampled(loss: ExampleLoss, ids: Tensor, seed: int) -> Callable[[nn.Module, Any], Tensor]:
-    return lambda model, batch: loss.sampled_losses(model, batch, Uniforms(ids, seed))
 
 
 def _inverse_length(squares: Tensor) -> Tensor:

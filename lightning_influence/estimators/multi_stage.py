@@ -199,8 +199,8 @@ class MultiStageInfluence(Estimator):
         own = loss_for(self.model, train, self.loss).reduction
         return own if own == asked else f"query: {asked}, training example: {own}"
 
-    def _query_gradients(self, loader: ExampleLoader, labels: Labels, seed: int) -> dict[str, Tensor]:
-        return self.transform(self._asked._query_gradients(loader, labels, seed))
+    def _own_gradients(self, loader: ExampleLoader, labels: Labels, seed: int) -> dict[str, Tensor]:
+        return self._asked._own_gradients(loader, labels, seed)
 
 
 def _known(model: nn.Module, curvature: Curvature) -> list[Component]:

@@ -259,3 +259,36 @@ def test_narrow_models_are_scored_in_float32(name: str, dtype: torch.dtype, tole
     found = MEMBERS[name](mlp().to(dtype), narrow[0]).score(narrow[1], narrow[0]).values
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", sorted(MEMBERS.keys() - {"CKA"}))
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("memory_budget", [1, 3 * 8 * 111, 10**9])
+def test_the_mean_target_has_the_mean_of_the_rows(name: str, normalise: bool, memory_budget: int) -> None:
+    estimator = MEMBERS[name](ready(Mixed()), normalise=normalise)
+    rows = estimator.score(QUERIES, TRAIN, per_component=True, labels="sampled", seed=2)
+    estimator.memory_budget = memory_budget
+    options: dict[str, Any] = {"aggregate": "mean", "labels": "sampled", "seed": 2}
+    found = estimator.score(QUERIES, TRAIN, per_component=True, **options)
+    torch.testing.assert_close(found.values, rows.values.mean(1, keepdim=True))
+    assert (found.query_ids, found.train_ids) == (("mean",), rows.train_ids)
+    assert found.formula == f"{rows.formula}, mean loss of 4 queries"
+    best = estimator.top(QUERIES, TRAIN, 3, **options)
+    assert best.query_ids == ("mean",)
+    assert [k for k, _ in best.of()] == [k for k, _ in found.top(3)]
+
+
+def test_the_mean_is_taken_before_the_curvature() -> None:
+    """One solve for all queries, and one pass over the training data, within the memory of one query."""
+    estimator, solved = influence(ready(Mixed()), memory_budget=1), []
+    transform = estimator.transform
+    estimator.transform = lambda g: (solved.append(len(g["up"])), transform(g))[1]  # type: ignore[method-assign]
+    estimator.score(QUERIES, TRAIN, aggregate="mean")
+    assert solved == [1]
+
+
+def test_means_that_are_not() -> None:
+    with pytest.raises(ValueError, match=r"`CKA.score\(aggregate='mean'\)`: scores are not linear in the query's"):
+        CKA(ready(Mixed())).score(QUERIES, TRAIN, aggregate="mean")
+    with pytest.raises(ValueError, match=r"`GradientDot.top\(aggregate='sum'\)`: expected None or 'mean'"):
+        GradientDot(ready(Mixed())).top(QUERIES, TRAIN, 1, aggregate="sum")  # type: ignore[arg-type]

@@ -1,0 +1,64 @@
+"""What is asked of the queries: a target in each, labels of their own or drawn, rows apart or their mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+from torch import Tensor, nn
+
+from lightning_influence.capture import ExampleLoader, ExampleLoss
+from lightning_influence.capture.sampling import Uniforms
+from lightning_influence.curvature.base import loss_for
+
+Loss: TypeAlias = ExampleLoss | Callable[[nn.Module, Any], Tensor] | None
+Labels: TypeAlias = Literal["data", "sampled"]
+Aggregate: TypeAlias = Literal["mean"] | None
+
+
+def check_asked(call: str, labels: str, aggregate: str | None, *, bilinear: bool) -> None:
+    """Refuse what no estimator does, and means where they are not the mean of the rows.
+
+    Raises:
+        ValueError: If ``labels`` or ``aggregate`` is none of the known ones, or there is no such mean.
+    """
+    if labels not in ("data", "sampled"):
+        raise ValueError(f"`{call}(labels={labels!r})`: expected 'data' or 'sampled'.")
+    if aggregate not in (None, "mean"):
+        raise ValueError(f"`{call}(aggregate={aggregate!r})`: expected None or 'mean'.")
+    if aggregate is not None and not bilinear:
+        raise ValueError(
+            f"`{call}(aggregate={aggregate!r})`: scores are not linear in the query's gradient, so that those of a "
+            "mean are not the mean of those. Expected None; average the rows of the scores instead."
+        )
+
+
+def asked(queries: ExampleLoader, labels: Labels, aggregate: Aggregate) -> tuple[str, str]:
+    """What stands beside the formula in the labels of the scores; empty where nothing was asked for."""
+    mean = f"mean loss of {queries.num_examples} queries" if aggregate else ""
+    return "sampled query labels" * (labels == "sampled"), mean
+
+
+def row_ids(queries: ExampleLoader, aggregate: Aggregate) -> tuple[int | str, ...]:
+    """Ids of the rows of the scores."""
+    return tuple(queries.ids) if aggregate is None else (aggregate,)
+
+
+def check_supervised(model: nn.Module, loader: ExampleLoader, loss: Loss) -> None:
+    """Refuse queries without a target: they have no loss.
+
+    Raises:
+        ValueError: Naming their ids.
+    """
+    found = loss_for(model, loader, loss)
+    silent = [k for ids, batch in loader for k in ids[found.supervised(batch).cpu() == 0].tolist()]
+    if silent:
+        raise ValueError(
+            f"{len(silent)} of {loader.num_examples} queries have no supervised target (ids {silent[:8]}); expected "
+            "at least one label other than -100 in each. Remove them, or check the label mask."
+        )
+
+
+def sampled_losses(loss: ExampleLoss, ids: Tensor, seed: int) -> Callable[[nn.Module, Any], Tensor]:
+    """Losses of labels drawn from the model, the same for an id in any batch."""
+    return lambda model, batch: loss.sampled_losses(model, batch, Uniforms(ids, seed))

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_influence import ClassificationLoss, ExampleLoader
+from lightning_influence.estimators.queries import asked, check_asked, check_supervised, row_ids, sampled_losses
+from tests.curvature.models import Tokens, loss_of, mlp, points, ready, texts
+
+
+def test_what_is_asked_is_written_down() -> None:
+    queries = ExampleLoader(points(5), indices=[4, 0, 2])
+    assert (asked(queries, "data", None), row_ids(queries, None)) == (("", ""), (4, 0, 2))
+    assert asked(queries, "sampled", "mean") == ("sampled query labels", "mean loss of 3 queries")
+    assert row_ids(queries, "mean") == ("mean",)
+
+
+def test_what_no_estimator_does() -> None:
+    check_asked("X.score", "sampled", None, bilinear=False)
+    check_asked("X.score", "data", "mean", bilinear=True)
+    with pytest.raises(ValueError, match=r"`X.score\(labels='own'\)`: expected 'data' or 'sampled'."):
+        check_asked("X.score", "own", None, bilinear=True)
+    with pytest.raises(ValueError, match=r"`X.score\(aggregate='sum'\)`: expected None or 'mean'."):
+        check_asked("X.score", "data", "sum", bilinear=True)
+    with pytest.raises(ValueError, match=r"`X.score\(aggregate='mean'\)`: scores are not linear in the query's gradi"):
+        check_asked("X.score", "data", "mean", bilinear=False)
+
+
+def test_queries_without_a_target() -> None:
+    rows = texts(3)
+    check_supervised(ready(Tokens()), ExampleLoader(rows), None)
+    rows[1] = {**rows[1], "labels": torch.full((6,), -100)}
+    with pytest.raises(ValueError, match=r"1 of 3 queries have no supervised target \(ids \[1\]\); expected at least"):
+        check_supervised(ready(Tokens()), ExampleLoader(rows), None)
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_drawn_labels_are_those_of_the_id(seed: int) -> None:
+    model, rows = mlp(), points(6)
+    expected = torch.stack([loss_of(model, row, k, seed) for k, row in enumerate(rows)])
+    for size in (1, 4):
+        parts = ExampleLoader(rows, size)
+        found = [sampled_losses(ClassificationLoss(), ids, seed)(model, batch) for ids, batch in parts]
+        torch.testing.assert_close(torch.cat(found), expected)
