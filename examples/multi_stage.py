@@ -15,6 +15,7 @@ import argparse
 import json
 import logging
 import random
+import shutil
 import sys
 import warnings
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ from transformers import GPTNeoXForCausalLM, GPTNeoXForSequenceClassification, P
 from lightning_influence import CurvatureRecorder, MultiStageInfluence, Scores
 
 BATCH = 32
+PRETRAINING_RATE = 3e-3
 CLASSES_OF_LINES = ("in order", "shuffled")
 
 
@@ -115,6 +117,7 @@ def fit(
 ) -> tuple[Stage, Path]:
     """The trained module, and where the recorder left its curvature."""
     seed_everything(options.seed, verbose=False)
+    shutil.rmtree(options.out / name / CurvatureRecorder.default_name, ignore_errors=True)  # of an earlier run
     stage = Stage(model, learning_rate)
     recorder = CurvatureRecorder(dirpath=str(options.out / name))
     trainer = Trainer(
@@ -145,7 +148,7 @@ def trace(options: argparse.Namespace, found: Texts) -> tuple[Scores, MultiStage
     config.num_labels = len(found.classes)
     classifier = GPTNeoXForSequenceClassification(config)
 
-    pretrained, first = fit(language_model, corpus, 1e-3, options, "pre-training")
+    pretrained, first = fit(language_model, corpus, PRETRAINING_RATE, options, "pre-training")
     classifier.gpt_neox.load_state_dict(language_model.gpt_neox.state_dict())
     finetuned, second = fit(classifier, labelled, options.rate, options, "fine-tuning")
     said = [found.classes[k] for batch in questions for k in finetuned(**batch).logits.argmax(dim=1).tolist()]
@@ -196,7 +199,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.quick:
         options.rows, options.labelled, options.queries = 240, 120, 12
-        options.width, options.layers, options.epochs, options.length = 32, 2, 6, 24
+        options.width, options.layers, options.epochs, options.length = 32, 2, 12, 24
     if min(options.rows, options.labelled, options.queries, options.top, options.epochs, options.layers) < 1:
         parser.error("expected --rows, --labelled, --queries, --top, --epochs and --layers >= 1")
     if options.width % 8 or options.length < 3 or options.vocabulary < 4:

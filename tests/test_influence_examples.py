@@ -1,0 +1,274 @@
+"""The examples of influence functions in their quick form: what they write, and whether their numbers can be right."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path += [str(Path(__file__).resolve().parent.parent / folder) for folder in ("examples", "examples/benchmarks")]
+
+import find_influential_examples as find
+import influence_table
+import multi_stage
+from instruction_pool import PadRight
+from tiny_text import END, UNKNOWN, Words, lines_of, made_sentences
+from torch.utils.data import DataLoader
+
+from lightning_influence import EKFAC, InfluenceFunction
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A script of the examples in a process of its own."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "examples" / script), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def ran(script: str, *arguments: str) -> str:
+    done = run(script, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def json_lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+# -- find_influential_examples.py
+
+
+def test_candidates_are_ranked_printed_and_written(tmp_path):
+    out = tmp_path / "deep" / "found.jsonl"
+    printed = ran("find_influential_examples.py", "How many legs have two dogs?", "8", "--quick", "--out", str(out))
+    lines = json_lines(out)
+    assert [line["rank"] for line in lines] == list(range(1, 21))
+    assert sorted(line["rank_by_words"] for line in lines) == list(range(1, 21))
+    scores = [line["score"] for line in lines]
+    assert scores == sorted(scores, reverse=True)
+    assert all(map(math.isfinite, scores))
+    assert scores[0] > 0 > scores[-1]
+    assert len({line["id"] for line in lines}) == 20
+    helpful, harmful = printed.split("most harmful")
+    assert [helpful.count(line["id"] + ":") for line in lines[:6]] == [1] * 5 + [0]
+    assert harmful.index(lines[-1]["id"]) < harmful.index(lines[-2]["id"])
+    assert "60 rows; too long and left out: 0" in printed
+
+
+def table_file(tmp_path: Path, rows: list[dict[str, Any]]) -> str:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def test_the_asked_row_itself_helps_most_and_numbers_are_those_of_the_library(tmp_path):
+    """A row equal to the question has g^T (G + damping)^-1 g > 0 as its score; words find it first too.
+
+    The model is made twice: an example that drew anything without its seed would give other numbers.
+    """
+    rows = [{"question": text, "answer": topic} for text, topic in made_sentences(24, 3)]
+    file = table_file(tmp_path, rows)
+    asked = rows[5]
+    options = find.parse([asked["question"], asked["answer"], "--rows", file, "--quick", "--candidates", "10"])
+    scores, pool = find.find(options, find.rows_of(options.rows))
+    lines = find.ranked(scores, pool)
+    assert len(lines) == 10
+    assert (lines[0]["id"], lines[0]["rank_by_words"]) == ("line-6", 1)
+    assert lines[0]["score"] > 0
+    assert scores.num_train == 24
+    assert "EKFAC" in scores.formula
+    assert "10 candidates by BM25Filter" in scores.formula
+
+    model, tokenizer = find.load(options, pool.rows)
+    data = DataLoader(find.Texts(pool.rows, tokenizer), 7, collate_fn=PadRight(tokenizer.pad_token_id))
+    influence = InfluenceFunction(model, EKFAC(), components="mlp").fit(data)
+    row = influence.score(DataLoader(data.dataset, collate_fn=data.collate_fn), data).total()[5]
+    for line in lines:
+        place = int(line["id"].removeprefix("line-")) - 1
+        assert line["score"] == pytest.approx(float(row[place]), rel=1e-3, abs=1e-3 * lines[0]["score"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "arguments", "says"),
+    [
+        ([{"question": "a b c"}], [], "line 1: expected an object with `question` and `answer`"),
+        ([{"question": "a b c", "answer": "d"}], ["--candidates", "2"], "expected the prompt and 2 candidates"),
+        ([], [], "expected a line for each row, it has none"),
+    ],
+)
+def test_rows_that_do_not_do_are_refused(tmp_path, rows, arguments, says):
+    options = find.parse(["a", "b", "--quick", "--rows", table_file(tmp_path, rows), *arguments])
+    with pytest.raises(ValueError, match=says):
+        find.find(options, find.rows_of(options.rows))
+
+
+def test_a_missing_file_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        find.parse(["a", "b", "--rows", "no/such.jsonl"])
+    assert "expected --rows to be a file, no/such.jsonl is none" in capsys.readouterr().err
+
+
+# -- multi_stage.py
+
+
+def test_predictions_are_traced_back(tmp_path):
+    """Rows that helped a prediction are of its topic more often than the quarter that chance would give."""
+    printed = ran("multi_stage.py", "--quick", "--out", str(tmp_path))
+    rows = json_lines(tmp_path / "rows.jsonl")
+    assert [(row["query"], row["rank"]) for row in rows] == [(q, k) for q in range(12) for k in range(1, 6)]
+    assert all(math.isfinite(row["score"]) for row in rows)
+    assert all(a["score"] >= b["score"] for a, b in itertools.pairwise(rows) if a["query"] == b["query"])
+    right = sum(row["predicted"] == row["class"] for row in rows if row["rank"] == 1)
+    assert right >= 10
+    assert f"{right} of 12 questions classified rightly" in printed
+    assert sum(row["topic"] == row["class"] for row in rows) / len(rows) > 0.35
+    made = made_sentences(240, 0)
+    assert all(made[row["row"]] == (row["text"], row["topic"]) for row in rows)
+
+    proximity = json.loads((tmp_path / "proximity.json").read_text())
+    names = [name.removeprefix("model.gpt_neox.") for name in proximity]
+    parts = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+    assert names == ["embed_in", *(f"layers.{k}.{part}" for k in range(2) for part in parts)]
+    for name, moved in proximity.items():
+        assert 0 < moved["relative"] < 1
+        assert moved["absolute"] > 0
+        assert f"{moved['relative']:>8.1%}  {name}" in printed
+
+    folders = [tmp_path / stage / "curvature" for stage in ("pre-training", "fine-tuning")]
+    assert all(len(list(folder.iterdir())) == 1 for folder in folders)  # the five lines need no more than these
+
+
+def test_lines_of_a_file_are_told_from_shuffled_ones(tmp_path):
+    lines = [f"{text} {k}" for k, (text, _) in enumerate(made_sentences(300, 1))]
+    file = tmp_path / "text.txt"
+    file.write_text("\n".join([*lines, "two words", ""]))
+    options = multi_stage.parse(["--text", str(file), "--rows", "200", "--labelled", "60", "--queries", "20"])
+    found = multi_stage.texts(options)
+    parts = found.pretraining, found.finetuning, found.asked
+    assert [len(part) for part in parts] == [200, 60, 20]
+    pretraining = {text for text, _ in found.pretraining}
+    assert pretraining <= set(lines)
+    classified = [*found.finetuning, *found.asked]
+    assert [name for _, name in classified] == ["in order", "shuffled"] * 40
+    ordered = {" ".join(sorted(text.split())): text for text in lines}
+    for text, name in classified:
+        original = ordered[" ".join(sorted(text.split()))]
+        assert original not in pretraining
+        if name == "in order":
+            assert text == original
+    assert sum(text not in lines for text, name in classified if name == "shuffled") > 35
+
+
+def test_a_file_with_too_few_lines_is_refused(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("the one line of this file\n")
+    with pytest.raises(ValueError, match="expected 2440 different lines, it has 1"):
+        multi_stage.texts(multi_stage.parse(["--text", str(file)]))
+
+
+# -- benchmarks/influence_table.py
+
+METHODS = [
+    "CG",
+    "EK-FAC",
+    "EK-FAC, MLP only",
+    "CG, EK-FAC-preconditioned",
+    "CG, as few steps",
+    "LiSSA",
+    "Arnoldi",
+    "GDP",
+    "CKA",
+    "TRAK",
+]
+
+
+def test_the_table_has_a_line_for_each_method():
+    """The better an inverse, the nearer to CG; what has none costs nothing beforehand."""
+    printed = ran("benchmarks/influence_table.py", "--quick")
+    head, last = printed.strip().splitlines()[-1].split(" ", 1)
+    result = json.loads(last)
+    assert head == "RESULT"
+    assert list(result) == METHODS
+    for method, line in result.items():
+        assert -1 <= line["spearman"] <= 1
+        assert line["pairwise_s"] > 0
+        assert line["overhead_s"] > 0 or method in ("GDP", "CKA")
+        assert f"{method:<28}{line['spearman']:>9.3f}" in printed
+    spearman = {method: line["spearman"] for method, line in result.items()}
+    assert spearman["CG"] == 1
+    assert spearman["CG, EK-FAC-preconditioned"] > 0.9
+    assert spearman["EK-FAC"] > 0.6 > spearman["CKA"]
+    assert spearman["CG, EK-FAC-preconditioned"] > max(spearman["EK-FAC"], spearman["CG, as few steps"])
+    assert spearman["EK-FAC"] > spearman["GDP"]
+    assert result["EK-FAC"]["pairwise_s"] < result["CG"]["pairwise_s"] / 3
+    assert result["CG, EK-FAC-preconditioned"]["steps"] == result["CG, as few steps"]["steps"] < result["CG"]["steps"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--data", "no/such"], "expected --data to be a folder with ptb/ptb.train.txt, no/such has no ptb"),
+        (["--rows", "16"], "expected --rows >= 32"),
+        (["--curvature-rows", "501"], "expected --curvature-rows from 1 to --rows"),
+    ],
+)
+def test_the_table_refuses_what_it_cannot_do(arguments, says, capsys, monkeypatch):
+    monkeypatch.delenv("LI_DATA", raising=False)
+    with pytest.raises(SystemExit):
+        influence_table.parse(arguments)
+    assert says in capsys.readouterr().err
+
+
+def test_the_table_takes_penn_treebank_from_the_folder_named_in_the_environment(tmp_path, monkeypatch):
+    """As many tokens, words and sequences as are asked for, queries from the held-out file."""
+    (tmp_path / "ptb").mkdir()
+    for part, seed in (("train", 0), ("valid", 1)):
+        lines = [text for text, _ in made_sentences(80, seed)]
+        (tmp_path / "ptb" / f"ptb.{part}.txt").write_text("\n".join(lines))
+    monkeypatch.setenv("LI_DATA", str(tmp_path))
+    sizes = ["--rows=16", "--layers=2", "--width=16", "--length=8", "--steps=2", "--vocabulary=30", "--queries=3"]
+    args = influence_table.parse([*sizes, "--curvature-rows=9"])
+    learned, held_out = influence_table.texts(args)
+    assert [len(learned), len(held_out)] == [80, 80]
+    table = influence_table.build(args)
+    assert [len(table.rows), len(table.queries), len(table.fitted_on)] == [16, 3, 9]
+    words = Words(learned, 30)
+    assert all(row.tolist() in words.windows(learned, 8).tolist() for row in table.rows.tokens)
+    assert all(row.tolist() in words.windows(held_out, 8).tolist() for row in table.queries.tokens)
+
+
+def test_the_damping_of_the_table_is_a_share_of_the_mean_eigenvalue():
+    """Trace of the Fisher over the number of parameters, as a solver over all components finds it by itself."""
+    args = influence_table.parse(["--quick"])
+    args.steps, args.sentences = 2, 400
+    table = influence_table.build(args)
+    own = influence_table.CG(damping_share=args.damping_share, seed=args.seed)
+    own.fit(table.model, table.fitted_on, components=influence_table.BLOCKS, batch_size=args.batch, progress=False)
+    assert table.damping == pytest.approx(own._damping, rel=1e-4)
+
+
+# -- the small texts
+
+
+def test_words_and_windows(tmp_path):
+    words = Words(["b a b", "b a c"], limit=5)  # three for padding, end and unknown
+    assert words.numbers == {"b": 3, "a": 4}
+    assert words.encode("a c b") == [4, UNKNOWN, 3, END]
+    assert torch.equal(words.windows(["a b", "b"], 2), torch.tensor([[4, 3], [END, 3]]))
+    file = tmp_path / "text.txt"
+    file.write_text("one two three\n\none two\n")
+    assert lines_of(file) == ["one two three"]
+    file.write_text("\n")
+    with pytest.raises(ValueError, match="expected lines of text"):
+        lines_of(file)
