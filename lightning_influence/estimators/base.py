@@ -20,6 +20,7 @@ from lightning_influence.estimators.queries import Loss as Loss
 from lightning_influence.estimators.queries import check_supervised as check_supervised
 from lightning_influence.estimators.scores import Scores
 from lightning_influence.estimators.self_influence import SELF, self_products
+from lightning_influence.estimators.token_scores import Positions, TokenScores, joined
 from lightning_influence.estimators.top_scores import RunningTop, TopScores, check_k
 
 
@@ -171,6 +172,33 @@ class Estimator(ABC):
             formula=self._described(*asked(left, labels, aggregate)),
             reduction=self._reduction(left, right),
             harmful=harmful,
+            damping=self.damping,
+        )
+
+    def token_scores(
+        self, queries: Any, train: Any, *, aggregate: Aggregate = None, labels: Labels = "data", seed: int = 0
+    ) -> TokenScores:
+        """Score every position (token) of every training example; arguments are those of `score`.
+
+        Raises:
+            ValueError: As `score`, or if no component can be taken apart by position.
+        """
+        left, right = self._sides("token_scores", queries, train, labels, aggregate)
+        loss, blocks = loss_for(self.model, right, self.loss), []
+        for gradients in self._prepared(left, aggregate, labels, seed):
+            block = Positions()
+            with self.capture:
+                batches = self._records(right, "positions of training examples")
+                for (_, batch), records in zip(right, batches, strict=True):
+                    block.update(gradients, records, loss.position_mask(batch), self.normalise)
+            blocks.append(block)
+        return joined(
+            blocks,
+            f"{type(self).__name__}.token_scores(train)",
+            query_ids=row_ids(left, aggregate),
+            train_ids=tuple(right.ids),
+            formula=self._described(*asked(left, labels, aggregate)),
+            reduction=self._reduction(left, right),
             damping=self.damping,
         )
 
