@@ -30,7 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """A script of the examples in a process of its own."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # bars show up on slow machines
+    environment = os.environ | own
     command = [sys.executable, str(ROOT / "examples" / script), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 

@@ -196,7 +196,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--few", type=int, default=10, help="steps of preconditioned CG")
     parser.add_argument("--rank", type=int, default=32, help="eigenpairs of Arnoldi, in a space of three times that")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(arguments)
+    return _checked(parser, parser.parse_args(arguments))
+
+
+def _checked(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
     if args.quick:
         args.data, args.sentences, args.vocabulary, args.length = None, 600, 200, 12
         args.width, args.layers, args.steps, args.batch = 16, 2, 150, 16
