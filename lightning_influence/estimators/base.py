@@ -13,11 +13,13 @@ from tqdm.auto import tqdm
 from lightning_influence.capture import Component, ExampleLoader, GradientCapture, LayerRecord
 from lightning_influence.capture.batches import to_device
 from lightning_influence.capture.component import Select
-from lightning_influence.curvature.base import Curvature, loss_for
+from lightning_influence.curvature.base import loss_for
+from lightning_influence.estimators.low_rank import Operand, check_rank, contract, gathered, low_rank, rank_note
 from lightning_influence.estimators.queries import Aggregate, asked, check_asked, row_ids, sampled_losses
 from lightning_influence.estimators.queries import Labels as Labels
 from lightning_influence.estimators.queries import Loss as Loss
 from lightning_influence.estimators.queries import check_supervised as check_supervised
+from lightning_influence.estimators.queries import damping_label as damping_label
 from lightning_influence.estimators.scores import Scores
 from lightning_influence.estimators.self_influence import SELF, self_products
 from lightning_influence.estimators.token_scores import Positions, TokenScores, joined
@@ -91,6 +93,7 @@ class Estimator(ABC):
         *,
         per_component: bool = False,
         aggregate: Aggregate = None,
+        rank: int | float | None = None,
         labels: Labels = "data",
         seed: int = 0,
     ) -> Scores:
@@ -102,6 +105,9 @@ class Estimator(ABC):
             per_component: Whether to keep components apart, [c, q, n].
             aggregate: ``"mean"`` scores for the mean loss of the queries, in one row of the id ``"mean"``: their
                 gradients are averaged (in their dtype) before anything else is done to them.
+            rank: An int truncates what is kept of a query for each linear layer or convolution to that rank; a float
+                to the least rank with that share of its squared singular values. More queries fit into memory then,
+                and the training data is passed over fewer times. None keeps all.
             labels: ``"sampled"`` replaces the queries' labels by draws from the model, as the Fisher of the
                 queries needs.
             seed: Of those draws.
@@ -113,16 +119,16 @@ class Estimator(ABC):
             ValueError: If the data is empty, a query has nothing supervised, a loss is not finite (ids are named), or
                 scores of a mean are asked of an estimator that is not linear in the query.
         """
-        left, right = self._sides("score", queries, train, labels, aggregate)
+        left, right = self._sides("score", queries, train, labels, aggregate, rank)
         blocks = [
             torch.cat(list(self._columns_of(gradients, right, per_component)), dim=-1)
-            for gradients in self._prepared(left, aggregate, labels, seed)
+            for gradients in self._operands(left, aggregate, labels, seed, rank)
         ]
         return Scores(
             values=torch.cat(blocks, dim=-2),
             query_ids=row_ids(left, aggregate),
             train_ids=tuple(right.ids),
-            formula=self._described(*asked(left, labels, aggregate)),
+            formula=self._described(*asked(left, labels, aggregate), rank_note(rank)),
             reduction=self._reduction(left, right),
             components=tuple(c.name for c in self.components) if per_component else None,
             damping=self.damping,
@@ -136,6 +142,7 @@ class Estimator(ABC):
         *,
         harmful: bool = False,
         aggregate: Aggregate = None,
+        rank: int | float | None = None,
         labels: Labels = "data",
         seed: int = 0,
     ) -> TopScores:
@@ -149,6 +156,7 @@ class Estimator(ABC):
             k: Training examples to keep for each query; all of them where there are fewer.
             harmful: Whether to keep the most harmful ones.
             aggregate: As for `score`.
+            rank: As for `score`.
             labels: As for `score`.
             seed: As for `score`.
 
@@ -156,9 +164,9 @@ class Estimator(ABC):
             ValueError: As `score`, or if k is out of range.
         """
         check_k(f"{type(self).__name__}.top", k)
-        left, right = self._sides("top", queries, train, labels, aggregate)
+        left, right = self._sides("top", queries, train, labels, aggregate, rank)
         found = []
-        for gradients in self._prepared(left, aggregate, labels, seed):
+        for gradients in self._operands(left, aggregate, labels, seed, rank):
             best = RunningTop(k, lowest=harmful)
             for columns in self._columns_of(gradients, right):
                 best.update(columns)
@@ -169,7 +177,7 @@ class Estimator(ABC):
             train_ids=tuple(tuple(right.ids[i] for i in row) for row in positions),
             query_ids=row_ids(left, aggregate),
             num_train=right.num_examples,
-            formula=self._described(*asked(left, labels, aggregate)),
+            formula=self._described(*asked(left, labels, aggregate), rank_note(rank)),
             reduction=self._reduction(left, right),
             harmful=harmful,
             damping=self.damping,
@@ -226,7 +234,7 @@ class Estimator(ABC):
         loader = self._loader(train)
         with self.capture:
             batches = self._records(loader, "self-influence")
-            values = torch.cat([self._self_columns(dict(_named(records))) for records in batches], dim=-1)
+            values = torch.cat([self._self_columns({c.name: r for c, r in records}) for records in batches], dim=-1)
         return Scores(
             values=(values if per_component else values.sum(0))[..., None, :],
             query_ids=(SELF,),
@@ -255,10 +263,17 @@ class Estimator(ABC):
         return ", ".join(filter(None, (self.formula, "unit gradients" * self.normalise, *notes)))
 
     def _sides(
-        self, call: str, queries: Any, train: Any, labels: Labels, aggregate: Aggregate
+        self,
+        call: str,
+        queries: Any,
+        train: Any,
+        labels: Labels,
+        aggregate: Aggregate,
+        rank: int | float | None = None,
     ) -> tuple[ExampleLoader, ExampleLoader]:
         """Both loaders, after everything that can be refused before the first gradient."""
         check_asked(f"{type(self).__name__}.{call}", labels, aggregate, bilinear=self.bilinear)
+        check_rank(f"{type(self).__name__}.{call}", rank, bilinear=self.bilinear)
         left, right = self._loader(queries), self._loader(train)
         self._check_queries(left)
         return left, right
@@ -282,6 +297,14 @@ class Estimator(ABC):
     def _query_numel(self) -> int:
         """Numbers that are kept of one query."""
         return sum(c.numel for c in self.components)
+
+    def _operands(
+        self, loader: ExampleLoader, aggregate: Aggregate, labels: Labels, seed: int, rank: int | float | None
+    ) -> Iterator[Mapping[str, Operand]]:
+        blocks = self._prepared(loader, aggregate, labels, seed)
+        if rank is None:
+            return blocks
+        return gathered((low_rank(block, self.components, rank) for block in blocks), self.memory_budget)
 
     def _prepared(
         self, loader: ExampleLoader, aggregate: Aggregate, labels: Labels, seed: int
@@ -316,7 +339,7 @@ class Estimator(ABC):
         return {k: g * scale.reshape(-1, *[1] * (g.dim() - 1)) for k, g in gradients.items()}
 
     def _columns_of(
-        self, gradients: Mapping[str, Tensor], loader: ExampleLoader, per_component: bool = False
+        self, gradients: Mapping[str, Operand], loader: ExampleLoader, per_component: bool = False
     ) -> Iterator[Tensor]:
         """[q, n] or [c, q, n] of one batch of training examples after another."""
         with self.capture:
@@ -324,13 +347,13 @@ class Estimator(ABC):
                 yield self._columns(gradients, records, per_component)
 
     def _columns(
-        self, gradients: Mapping[str, Tensor], records: Iterator[tuple[Component, LayerRecord]], per_component: bool
+        self, gradients: Mapping[str, Operand], records: Iterator[tuple[Component, LayerRecord]], per_component: bool
     ) -> Tensor:
         """Scores of one batch, [q, n] or [c, q, n]."""
         parts: list[Tensor] = []
         squares: list[Tensor] = []
         for component, record in records:
-            part = record.contract(gradients[component.name]).cpu()
+            part = contract(record, gradients[component.name]).cpu()
             if per_component or not parts:
                 parts.append(part)
             else:
@@ -364,18 +387,6 @@ class Estimator(ABC):
             losses = sampled_losses(loss, ids, seed) if labels == "sampled" else loss.losses
             records = self.capture.record(batch, losses, ids, loss.position_mask(batch), loss.batch_size(batch))
             yield zip(self.components, records, strict=True)
-
-
-def damping_label(curvature: Curvature) -> str | None:
-    """Description of a curvature's damping, for the labels of scores."""
-    settings = curvature.settings()
-    if settings.get("damping") is not None:
-        return f"{settings['damping']}"
-    return f"{settings['damping_share']} x mean eigenvalue" if "damping_share" in settings else None
-
-
-def _named(records: Iterator[tuple[Component, LayerRecord]]) -> Iterator[tuple[str, LayerRecord]]:
-    return ((component.name, record) for component, record in records)
 
 
 def _inverse_length(squares: Tensor) -> Tensor:

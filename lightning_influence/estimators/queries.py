@@ -1,4 +1,4 @@
-"""What is asked of the queries: a target in each, labels of their own or drawn, rows apart or their mean."""
+"""What is asked of the queries, and how it is told in the labels of the scores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_influence.capture import ExampleLoader, ExampleLoss
 from lightning_influence.capture.sampling import Uniforms
-from lightning_influence.curvature.base import loss_for
+from lightning_influence.curvature.base import Curvature, loss_for
 
 Loss: TypeAlias = ExampleLoss | Callable[[nn.Module, Any], Tensor] | None
 Labels: TypeAlias = Literal["data", "sampled"]
@@ -62,3 +62,11 @@ def check_supervised(model: nn.Module, loader: ExampleLoader, loss: Loss) -> Non
 def sampled_losses(loss: ExampleLoss, ids: Tensor, seed: int) -> Callable[[nn.Module, Any], Tensor]:
     """Losses of labels drawn from the model, the same for an id in any batch."""
     return lambda model, batch: loss.sampled_losses(model, batch, Uniforms(ids, seed))
+
+
+def damping_label(curvature: Curvature) -> str | None:
+    """Description of a curvature's damping, for the labels of scores."""
+    settings = curvature.settings()
+    if settings.get("damping") is not None:
+        return f"{settings['damping']}"
+    return f"{settings['damping_share']} x mean eigenvalue" if "damping_share" in settings else None

@@ -3,8 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_influence import ClassificationLoss, ExampleLoader
-from lightning_influence.estimators.queries import asked, check_asked, check_supervised, row_ids, sampled_losses
+from lightning_influence import EKFAC, ClassificationLoss, ExampleLoader, Identity
+from lightning_influence.estimators.queries import (
+    asked,
+    check_asked,
+    check_supervised,
+    damping_label,
+    row_ids,
+    sampled_losses,
+)
 from tests.curvature.models import Tokens, loss_of, mlp, points, ready, texts
 
 
@@ -42,3 +49,9 @@ def test_drawn_labels_are_those_of_the_id(seed: int) -> None:
         parts = ExampleLoader(rows, size)
         found = [sampled_losses(ClassificationLoss(), ids, seed)(model, batch) for ids, batch in parts]
         torch.testing.assert_close(torch.cat(found), expected)
+
+
+def test_damping_is_told() -> None:
+    assert damping_label(EKFAC(damping=0.5)) == "0.5"
+    assert damping_label(EKFAC(damping_share=0.2)) == "0.2 x mean eigenvalue"
+    assert damping_label(Identity()) is None
