@@ -15,6 +15,7 @@ from lightning_influence.capture.contexts import full_precision
 from lightning_influence.capture.record import CHUNK, FactoredRecord
 
 WIDE = 1024 * 1024  # entries of a matrix up to which its singular values are computed in float64
+WRITTEN = 32  # multiplications of a matrix product that take as long as one entry of a rebuilt matrix takes to write
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +146,7 @@ def contract(record: LayerRecord, gradients: Operand) -> Tensor:
     if not isinstance(gradients, LowRank):
         return record.contract(gradients)
     if not isinstance(record, FactoredRecord) or not thin_is_cheaper(record, gradients):
-        return record.contract(gradients.dense())
+        return torch.cat([record.contract(part.dense()) for part in _few(gradients)])
     (n, t, i, o), (q, _, r) = record.sizes, gradients.left.shape
     right, left = gradients.right.reshape(q * r, i), gradients.left.mT.reshape(q * r, o)
     step = max(1, CHUNK // max(1, t * q * r))
@@ -157,9 +158,16 @@ def contract(record: LayerRecord, gradients: Operand) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
+def _few(gradients: LowRank) -> Iterator[LowRank]:
+    """In parts whose matrices are of moderate size: many more factors than matrices fit into memory."""
+    q, o, _ = gradients.left.shape
+    step = max(1, 4 * CHUNK // (o * gradients.right.shape[2]))
+    return (LowRank(gradients.left[k : k + step], gradients.right[k : k + step]) for k in range(0, q, step))
+
+
 def thin_is_cheaper(record: FactoredRecord, gradients: LowRank) -> bool:
-    """Whether ``sum over t of (s_t^T left)(right a_t)`` takes fewer multiplications than the matrices rebuilt."""
+    """Whether ``sum over t of (s_t^T left)(right a_t)`` is less work than the matrices rebuilt, by multiplications."""
     (n, t, i, o), (q, _, r) = record.sizes, gradients.left.shape
     direct = n * t * q * o * (i + 1)
     through = n * t * o * i + q * n * o * i
-    return n * t * q * r * (i + o + 1) <= q * o * r * i + (through if q * t > q + t else direct)
+    return n * t * q * r * (i + o + 1) <= q * o * i * (r + WRITTEN) + (through if q * t > q + t else direct)

@@ -115,6 +115,17 @@ def test_contraction_is_that_of_the_matrices(sizes: tuple[int, int, int, int], q
     torch.testing.assert_close(contract(DenseRecord(record.ids, record.example_gradients()), operand), expected)
 
 
+@pytest.mark.parametrize("chunk", [1, 100])
+@pytest.mark.parametrize("t", [1, 40])
+def test_a_part_at_a_time(chunk: int, t: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = FactoredRecord(torch.arange(3), normal(3, t, 4), normal(3, t, 6, seed=1))
+    operand = LowRank(normal(7, 6, 2, seed=2), normal(7, 2, 4, seed=3))
+    expected = record.contract(operand.dense())
+    monkeypatch.setattr("lightning_influence.estimators.low_rank.CHUNK", chunk)
+    assert thin_is_cheaper(record, operand) == (t == 1)
+    torch.testing.assert_close(contract(record, operand), expected)
+
+
 def test_the_cheaper_way_is_taken() -> None:
     def cheap(n: int, t: int, size: int, q: int, r: int) -> bool:
         record = FactoredRecord(torch.arange(n), torch.empty(n, t, size), torch.empty(n, t, size))
