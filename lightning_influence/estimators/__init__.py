@@ -15,6 +15,8 @@ from lightning_influence.estimators.multi_stage import Distance, MultiStageInflu
 from lightning_influence.estimators.projected_dot import ProjectedDot, pair_products
 from lightning_influence.estimators.representation import RepresentationSimilarity
 from lightning_influence.estimators.scores import Scores
+from lightning_influence.estimators.token_scores import TokenScores
+from lightning_influence.estimators.top_scores import TopScores
 from lightning_influence.estimators.tracin import TracIn
 from lightning_influence.estimators.trak import TRAK
 
@@ -34,6 +36,8 @@ __all__ = [
     "RepresentationSimilarity",
     "Scorer",
     "Scores",
+    "TokenScores",
+    "TopScores",
     "TracIn",
     "TwoStage",
     "merged",
