@@ -52,8 +52,8 @@ class CurvatureRecorder(Recorder):
         if isinstance(curvature, IterativeCurvature):
             kind = type(curvature).__name__
             raise ValueError(
-                f"`{self._call(curvature=curvature)}`: expected a curvature whose factors are added up over the training "
-                f"data, such as EKFAC(). {kind} goes back to the model and the data instead: after the fit, use "
+                f"`{self._call(curvature=curvature)}`: expected a curvature whose factors are added up over the data, "
+                f"such as EKFAC(). {kind} goes back to the model and the data instead: after the fit, use "
                 f"InfluenceFunction(model, {kind}(...)).fit(train)."
             )
         self.curvature = EKFAC() if curvature is None else curvature
