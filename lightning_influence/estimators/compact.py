@@ -156,7 +156,8 @@ class Compactor:
         if not isinstance(record, FactoredRecord | IndexedRecord):
             alone = ((record.ids[k : k + 1], record.narrow(k, k + 1).example_gradients()) for k in wanted)
             return [DenseRecord(ids, self._rounded(values).clone()) for ids, values in alone]  # a view keeps the batch
-        busy = record.gradients.any(-1).cpu()
+        # Two reductions are several times faster than any(), and take a NaN for busy too.
+        busy = ((record.gradients.amax(-1) != 0) | (record.gradients.amin(-1) != 0)).cpu()
         return [self._example(record, k, busy[k].nonzero().flatten(), shape, always, inputs) for k in wanted]
 
     def _example(
