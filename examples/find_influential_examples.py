@@ -5,7 +5,7 @@
 Of SmolLM2-135M-Instruct and rows of ten task families, or those of a file (JSON lines with `question` and `answer`).
 BM25 finds candidates by their words; influence functions with EK-FAC on the MLP layers score these. A score above 0:
 training on the row makes the answer more likely. All candidates are written to a file, the most helpful one first.
-`--quick` takes a tiny model, made and trained on the spot.
+`--quick` takes a tiny model, made and trained on the spot, and rows from templates.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from instruction_pool import InstructionDataset, InstructionRow, PadRight, instruction_rows
+from pair_sets import template_pairs
 from smollm2 import load_smollm2
 from study_model import tiny_model, tiny_tokenizer, train
 from torch.utils.data import DataLoader
@@ -55,6 +56,17 @@ def rows_of(file: Path) -> list[InstructionRow]:
     if not found:
         raise ValueError(f"{file}: expected a line for each row, it has none.")
     return found
+
+
+def rows_for(options: argparse.Namespace) -> Sequence[InstructionRow]:
+    """Those of the file, of the templates, or of the task families."""
+    if options.rows:
+        return rows_of(options.rows)
+    if not options.quick:
+        return instruction_rows(rows_per_family=options.rows_per_family)
+    rows = template_pairs().base
+    families = dict.fromkeys(row.family for row in rows)
+    return [row for f in families for row in [r for r in rows if r.family == f][: options.rows_per_family]]
 
 
 def load(
@@ -116,7 +128,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("prompt", help="what the model was asked")
     parser.add_argument("answer", help="what it answered, or should have")
     parser.add_argument("--rows", type=Path, help="JSON lines with question and answer, in place of the task families")
-    parser.add_argument("--rows-per-family", type=int, help="30, or 6 with --quick")
+    parser.add_argument("--rows-per-family", type=int, help="30, or 4 with --quick")
     parser.add_argument("--candidates", type=int, help="rows that are scored, 50; or 20 with --quick")
     parser.add_argument("--top", type=int, default=5, help="rows that are shown")
     parser.add_argument("--max-tokens", type=int, default=160, help="longer rows are left out")
@@ -128,7 +140,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if options.candidates is None:
         options.candidates = 20 if options.quick else 50
     if options.rows_per_family is None:
-        options.rows_per_family = 6 if options.quick else 30
+        options.rows_per_family = 4 if options.quick else 30
     if min(options.candidates, options.rows_per_family, options.top, options.max_tokens) < 1:
         parser.error("expected --candidates, --rows-per-family, --top and --max-tokens >= 1")
     if options.rows is not None and not options.rows.is_file():
@@ -142,8 +154,7 @@ def main(arguments: list[str]) -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.manual_seed(options.seed)
     try:
-        rows = rows_of(options.rows) if options.rows else instruction_rows(rows_per_family=options.rows_per_family)
-        scores, pool = find(options, rows)
+        scores, pool = find(options, rows_for(options))
     except ValueError as error:
         sys.exit(f"find_influential_examples.py: {error}")
     lines = ranked(scores, pool)

@@ -64,7 +64,7 @@ def test_candidates_are_ranked_printed_and_written(tmp_path):
     helpful, harmful = printed.split("most harmful")
     assert [helpful.count(line["id"] + ":") for line in lines[:6]] == [1] * 5 + [0]
     assert harmful.index(lines[-1]["id"]) < harmful.index(lines[-2]["id"])
-    assert "60 rows; too long and left out: 0" in printed
+    assert "64 rows; too long and left out: 0" in printed
 
 
 def table_file(tmp_path: Path, rows: list[dict[str, Any]]) -> str:
