@@ -202,9 +202,10 @@ class _Work:
             )
 
     def _take(self, step: Step) -> None:
-        numbers = [number for number in step.pairs if number in self.tables[0].missing]
-        for start in range(0, len(numbers), SHARD):
-            part = sorted(numbers[start : start + SHARD], key=self._nodes)
+        for start in range(0, len(step.pairs), SHARD):
+            part = sorted(step.pairs[start : start + SHARD], key=self._nodes)
+            if self.tables[0].missing.isdisjoint(part):
+                continue  # else all of it: a product's last bit may depend on those that it is taken with
             pairs = [(self._kept(left), self._kept(right)) for left, right in map(self._nodes, part)]
             for number, values in zip(part, products(pairs).cpu(), strict=True):
                 self.tables[0].write(number, values)
