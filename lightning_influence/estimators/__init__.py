@@ -6,6 +6,7 @@ from lightning_influence.estimators.base import Estimator
 from lightning_influence.estimators.candidates import CandidateScores, Scorer, TwoStage
 from lightning_influence.estimators.cka import CKA
 from lightning_influence.estimators.component_dots import ComponentDots
+from lightning_influence.estimators.embedding_similarity import EmbeddingSimilarity
 from lightning_influence.estimators.gradient_dot import GradientDot
 from lightning_influence.estimators.group_influence import Interactions
 from lightning_influence.estimators.influence_function import InfluenceFunction
@@ -14,6 +15,7 @@ from lightning_influence.estimators.merged import merged
 from lightning_influence.estimators.multi_stage import Distance, MultiStageInfluence
 from lightning_influence.estimators.projected_dot import ProjectedDot, pair_products
 from lightning_influence.estimators.representation import RepresentationSimilarity
+from lightning_influence.estimators.row_scores import LengthScore, LossScore
 from lightning_influence.estimators.scores import Scores
 from lightning_influence.estimators.token_scores import TokenScores
 from lightning_influence.estimators.top_scores import TopScores
@@ -26,11 +28,14 @@ __all__ = [
     "CandidateScores",
     "ComponentDots",
     "Distance",
+    "EmbeddingSimilarity",
     "Estimator",
     "GradientDot",
     "InfluenceFunction",
     "Interactions",
+    "LengthScore",
     "Lexical",
+    "LossScore",
     "MultiStageInfluence",
     "ProjectedDot",
     "RepresentationSimilarity",

@@ -28,10 +28,15 @@ class RepresentationSimilarity:
     similar, between -1 and 1; nothing is known of help or harm. Accumulated in float32, or in float64 for such a
     model.
 
+    With ``pooling="weighted"`` it is RDS+ (Ivison et al. 2025), which chooses rows by a round-robin over the queries,
+    or over tasks with the largest score of their queries each: ``select_by_scores(scores, across="round-robin", ...)``.
+    Padding has no weight, on whichever side it is.
+
     Args:
         model: The model. It is run in evaluation mode, and left as it was.
         layer: Name of the module whose output is taken: [n, t, d], or [n, d] without positions; alone, first in a
-            tuple, or as ``last_hidden_state``.
+            tuple, or as ``last_hidden_state``. None for the last hidden states of a model of transformers: what its
+            head is given.
         pooling: ``"mean"`` over the positions that belong to the example, the ``"last"`` of them, or ``"weighted"``:
             position s of S counts s / (1 + ... + S).
         forward: ``(model, batch) -> anything``, to run the model on a batch that is no tensor, ``(x, y)``, or mapping
@@ -46,13 +51,14 @@ class RepresentationSimilarity:
     def __init__(
         self,
         model: nn.Module,
-        layer: str,
+        layer: str | None = None,
         pooling: Pooling = "mean",
         *,
         forward: Callable[[nn.Module, Any], Any] | None = None,
         batch_size: int | None = None,
         progress: bool = True,
     ) -> None:
+        layer = _trunk(model) if layer is None else layer
         names = [name for name, _ in model.named_modules()]
         if layer not in names:
             near = difflib.get_close_matches(layer, names, n=3, cutoff=0.0)
@@ -146,6 +152,19 @@ class RepresentationSimilarity:
         weights = _weights(kept, self.pooling).to(hidden)
         hidden = hidden.masked_fill(~kept.to(hidden.device)[..., None], 0)  # padding may be anything
         return torch.einsum("nt,ntd->nd", weights, hidden)
+
+
+def _trunk(model: nn.Module) -> str:
+    """Name of the part of a model of transformers that returns the last hidden states, without the head."""
+    for name, module in model.named_modules():
+        prefix = getattr(type(module), "base_model_prefix", "")  # of the class: peft hands on what is of the instance
+        if isinstance(prefix, str) and prefix:
+            inner = isinstance(getattr(module, prefix, None), nn.Module)
+            return ".".join(filter(None, (name, prefix * inner)))
+    raise ValueError(
+        f"`RepresentationSimilarity(layer=None)`: {type(model).__name__} holds no model of transformers. "
+        "Expected the name of the module whose outputs are compared."
+    )
 
 
 def _weights(kept: Tensor, pooling: Pooling) -> Tensor:

@@ -1,5 +1,12 @@
 """Choosing a subset of the training data or of the components: rules, budgets and what they return."""
 
+from lightning_influence.selection.aggregate import (
+    aggregate,
+    select_by_scores,
+    target_interactions,
+    target_scores,
+)
+from lightning_influence.selection.balanced_random import BalancedRandom
 from lightning_influence.selection.base import SelectionRule
 from lightning_influence.selection.budget import check_budget, resolve_budget
 from lightning_influence.selection.component_cross_validation import (
@@ -15,27 +22,38 @@ from lightning_influence.selection.component_greedy import (
 )
 from lightning_influence.selection.component_pairs import ComponentPairs
 from lightning_influence.selection.component_path import ComponentPath, ComponentSelection
+from lightning_influence.selection.facility_location import FacilityLocation
 from lightning_influence.selection.interaction_greedy import InteractionGreedy
 from lightning_influence.selection.random import Random
+from lightning_influence.selection.redundancy_filter import RedundancyFilter
+from lightning_influence.selection.round_robin import RoundRobin
 from lightning_influence.selection.selection import Selection
 from lightning_influence.selection.top_k import TopK
 
 __all__ = [
+    "BalancedRandom",
     "ComponentCrossValidation",
     "ComponentPairs",
     "ComponentPath",
     "ComponentSelection",
     "ComponentSplit",
+    "FacilityLocation",
     "InteractionGreedy",
     "Random",
+    "RedundancyFilter",
+    "RoundRobin",
     "Selection",
     "SelectionRule",
     "TopK",
+    "aggregate",
     "check_budget",
     "component_score",
     "component_values",
     "cross_validate_components",
     "greedy_components",
     "resolve_budget",
+    "select_by_scores",
     "single_component_scores",
+    "target_interactions",
+    "target_scores",
 ]

@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_influence.capture import ExampleLoader
 from lightning_influence.estimators.representation import RepresentationSimilarity
+from tests.capture.models import llama
 from tests.curvature.models import Tokens, batch_of, mlp, points, ready, texts
 
 TRAIN, QUERIES = texts(9), texts(4, seed=3)
@@ -155,3 +157,45 @@ def test_narrow_models_are_pooled_in_float32(dtype: torch.dtype, tolerance: floa
     found = RepresentationSimilarity(mlp().to(dtype), "2").score(*rows).values
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
+
+
+def test_position_weights_of_rds_plus() -> None:
+    """Two positions weigh 1/3 and 2/3, three 1/6, 2/6 and 3/6; padding on either side nothing."""
+    states = torch.tensor([[[3.0], [6.0], [1e30]], [[torch.nan], [3.0], [6.0]], [[6.0], [12.0], [2.0]]])
+    kept = torch.tensor([[1, 1, 0], [0, 1, 1], [1, 1, 1]])
+    found = RepresentationSimilarity(ready(Tokens()), "up", "weighted")._pooled(states, kept, 3)
+    torch.testing.assert_close(found, torch.tensor([[5.0], [5.0], [6.0]]))
+
+
+def rds_plus(model: nn.Module, rows: list[dict[str, Tensor]]) -> Tensor:
+    """Literally: the last hidden state of each row alone, without padding, pooled by position and scaled."""
+    vectors = []
+    for row in rows:
+        ids = row["input_ids"][row["attention_mask"].bool()]
+        with torch.no_grad():
+            states = model(input_ids=ids[None], output_hidden_states=True).hidden_states[-1][0]
+        total = sum(t + 1 for t in range(len(ids)))
+        vector = torch.zeros(states.shape[1], dtype=states.dtype)
+        for t, state in enumerate(states):
+            vector += (t + 1) / total * state
+        vectors.append(vector / vector.norm())
+    return torch.stack(vectors)
+
+
+@pytest.mark.parametrize("how", ["plain", "lora", "headless"])
+def test_rds_plus_of_a_language_model(how: str) -> None:
+    model = llama()
+    rows = [{**row, "input_ids": row["input_ids"] % model.config.vocab_size} for row in texts(5)]
+    expected = rds_plus(model, rows)
+    if how == "lora":
+        model = get_peft_model(model, LoraConfig(r=2))  # adds nothing before it is trained
+    found = RepresentationSimilarity(model.model if how == "headless" else model, pooling="weighted", batch_size=3)
+    layer = {"plain": "model", "lora": "base_model.model.model", "headless": "LlamaModel"}[how]
+    assert found.formula == f"cosine of hidden states of {layer}, weighted over positions"
+    values = found.score(rows, rows).values
+    torch.testing.assert_close(values, (expected @ expected.T).to(values), rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_must_be_named_where_there_is_no_model_of_transformers() -> None:
+    with pytest.raises(ValueError, match=r"Tokens holds no model of transformers\. Expected the name of the module"):
+        RepresentationSimilarity(ready(Tokens()))

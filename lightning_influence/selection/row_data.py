@@ -1,0 +1,84 @@
+"""Numbers of a rule's own about every row, found again by id in the pool that it chooses from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_influence.estimators.factors import Factors, Id, check_finite, few
+
+
+def places(call: str, pool: Sequence[Id], known: Sequence[Id]) -> list[int]:
+    """Where each id of a pool stands among the ids that a rule has data for.
+
+    Raises:
+        ValueError: If the rule knows nothing of an id of the pool, which is named.
+    """
+    where = {name: k for k, name in enumerate(known)}
+    missing = [name for name in pool if name not in where]
+    if missing:
+        raise ValueError(
+            f"`{call}`: expected data for every row of the pool; of {len(missing)} of {len(pool)} rows there is none: "
+            f"{few(missing)}. Rows are matched by id, by position where no ids were given."
+        )
+    return [where[name] for name in pool]
+
+
+def unit_rows(call: str, pool: Factors, embeddings: Any, ids: Sequence[Id] | None) -> Tensor:
+    """Vectors of length 1 for the rows of a pool in the order of their ids, float64 [n, d]; a row of zeros stays so.
+
+    The order of the ids is one that permuting the pool does not change, so that all that is computed from it is the
+    same to the last bit.
+
+    Args:
+        call: How the caller's code reads, for the error text.
+        pool: Whose features are taken where there are no embeddings.
+        embeddings: [N, d] of at least the rows of the pool, or None.
+        ids: Those of the embeddings; None for positions.
+
+    Raises:
+        ValueError: If there is neither, or rows of the pool have no embedding, or one that is not finite (ids are
+            named).
+    """
+    by_id = pool.id_ranks.cpu().argsort()
+    vectors: Tensor
+    if embeddings is None:
+        if pool.features is None:
+            raise ValueError(f"`{call}(features=None)`: expected features [n, r], or embeddings=[n, d] for the rule.")
+        vectors = pool.features.detach().cpu()[by_id]
+    else:
+        known = range(len(embeddings)) if ids is None else ids
+        names = [pool.ids[row] for row in by_id.tolist()]
+        vectors = embeddings[torch.tensor(places(call, names, known))]
+        check_finite(call, "embeddings", vectors.isfinite().all(1), names)
+    vectors = vectors.double()
+    tiny = torch.finfo(torch.float64).tiny
+    vectors = vectors / vectors.abs().amax(1, keepdim=True).clamp_min(tiny)
+    lengths: Tensor = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    return vectors / lengths.clamp_min(tiny)
+
+
+def checked_embeddings(call: str, embeddings: Any, ids: Sequence[Id] | None) -> Tensor | None:
+    """Embeddings as a tensor [N, d] on the CPU.
+
+    Raises:
+        ValueError: If they are not numbers of that shape, or ids are not one for each of them, all different.
+    """
+    if embeddings is None:
+        if ids is not None:
+            raise ValueError(f"`{call}(ids=...)`: expected embeddings to go with the ids.")
+        return None
+    found = torch.as_tensor(np.asarray(embeddings) if isinstance(embeddings, list | tuple) else embeddings)
+    found = found.detach().cpu()
+    if found.dim() != 2 or 0 in found.shape or found.is_complex():
+        raise ValueError(f"`{call}(embeddings)`: expected real numbers [n, d], got shape {list(found.shape)}.")
+    if ids is not None and (len(ids) != len(found) or len(set(ids)) < len(ids)):
+        raise ValueError(
+            f"`{call}(ids)`: expected one id for each of {len(found)} embeddings, all different; got {len(ids)} ids, "
+            f"{len(set(ids))} of them different."
+        )
+    return found
