@@ -16,6 +16,7 @@ import torch
 
 sys.path += [str(Path(__file__).resolve().parent.parent / folder) for folder in ("examples", "examples/benchmarks")]
 
+import fact_tracing
 import find_influential_examples as find
 import influence_table
 import multi_stage
@@ -176,6 +177,76 @@ def test_a_file_with_too_few_lines_is_refused(tmp_path):
     file.write_text("the one line of this file\n")
     with pytest.raises(ValueError, match="expected 2440 different lines, it has 1"):
         multi_stage.texts(multi_stage.parse(["--text", str(file)]))
+
+
+# -- fact_tracing.py
+
+
+def test_facts_are_traced_to_the_sentences_that_say_them():
+    """Every estimator above chance; those by gradients find what a random order hardly finds."""
+    printed = ran("fact_tracing.py", "--quick")
+    head, last = printed.strip().splitlines()[-1].split(" ", 1)
+    result = json.loads(last)
+    assert head == "RESULT"
+    assert result.pop("queries") == 16
+    names = ["chance", "BM25", "RepSim", "GDP", "GDP, cosine", "EK-FAC", "EK-FAC, 32 by BM25"]
+    assert list(result) == names
+    assert set(result["BM25"]) == {"mrr", "recall@1", "hit@1", "recall@10", "hit@10"}
+    for name in names[3:]:
+        assert result[name]["mrr"] > result["chance"]["mrr"] + 0.1
+    assert result["EK-FAC"] == result["EK-FAC, 32 by BM25"]  # all 32 sentences are candidates
+    assert "16 facts in 32 sentences" in printed
+
+
+def test_facts_of_a_folder_and_of_a_file(tmp_path):
+    """Subjects with two facts come first; a relation with too few wordings is left out."""
+    rows = {
+        "trex/P1": [{"sub_label": name, "obj_label": f"Town{k}"} for k, name in enumerate("ABCAD")],
+        "trex/P2": [{"sub_label": "C", "obj_label": "baker"}],
+        "trex/P3": [{"sub_label": "D", "obj_label": "nothing"}],
+        "patterns/P1": [{"pattern": p} for p in ("[X] is from [Y] .", "[Y] bore [X].", "[X], of [Y], came.")],
+        "patterns/P2": [{"pattern": p} for p in ("[X] is a [Y].", "a [Y] is [X] .", "the [Y] [X].")],
+        "patterns/P3": [{"pattern": p} for p in ("[X] is [Y].", "[Y] is [X].")],
+    }
+    for name, lines in rows.items():
+        file = tmp_path / f"{name}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    facts = fact_tracing.facts_for(fact_tracing.parse(["--data", str(tmp_path), "--facts", "5"]))
+    assert [fact.subject for fact in facts] == ["C", "C", "A", "B", "D"]
+    assert {(f.prompt, f.answer) for f in facts[:2]} == {("C is from", "Town2"), ("C is a", "baker")}
+    assert facts[2].answer == "Town0"
+    assert sorted(facts[2].statements) == ["A, of Town0, came.", "Town0 bore A."]
+
+    own = {"prompt": "A is from", "answer": "B", "statements": ["A of B."]}
+    file = tmp_path / "own.jsonl"
+    file.write_text(json.dumps(own) + "\n")
+    [fact] = fact_tracing.facts_for(fact_tracing.parse(["--data", str(file), "--facts", "1"]))
+    assert (fact.prompt, fact.answer, fact.statements) == ("A is from", "B", ("A of B.",))
+
+
+def test_facts_that_do_not_do_are_refused(tmp_path, capsys):
+    file = tmp_path / "own.jsonl"
+    file.write_text(json.dumps({"prompt": "A is from", "answer": "B"}))
+    with pytest.raises(ValueError, match="fact 1: expected `prompt`, `answer` and a list `statements`"):
+        fact_tracing.facts_for(fact_tracing.parse(["--data", str(file)]))
+    with pytest.raises(ValueError, match="expected 49 facts, there are 48"):
+        fact_tracing.facts_for(fact_tracing.parse(["--facts", "49"]))
+    with pytest.raises(ValueError, match="expected trex"):
+        fact_tracing.facts_for(fact_tracing.parse(["--data", str(tmp_path)]))
+    with pytest.raises(SystemExit):
+        fact_tracing.parse(["--data", "no/such"])
+    assert "expected --data to be a folder or a file, no/such is none" in capsys.readouterr().err
+
+
+def test_the_answer_alone_is_asked_for():
+    """Labels of a query are those of its answer; a training sentence is learned whole."""
+    tokenizer = fact_tracing.tiny_tokenizer(["Ada is from Oslo."])
+    asked, said = fact_tracing.Sentences([("Ada is from", "Oslo"), ("", "Ada is from Oslo.")], tokenizer)
+    assert [label != -100 for label in asked["labels"].tolist()] == [False, False, False, True]
+    assert said["labels"].tolist() == said["input_ids"].tolist()
+    assert asked["text"] == "Ada is from Oslo"
+    assert said["text"] == "Ada is from Oslo."
 
 
 # -- benchmarks/influence_table.py

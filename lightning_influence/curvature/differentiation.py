@@ -9,31 +9,12 @@ from itertools import chain
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_influence.capture import ExampleLoss
 from lightning_influence.capture.batches import map_tensors
 from lightning_influence.capture.guard import unchanged
-from lightning_influence.capture.losses import LanguageModelLoss
-from lightning_influence.capture.losses.base import at_least_float, logits_of
-
-
-def twice_differentiable(loss: ExampleLoss) -> ExampleLoss:
-    """The same loss in a form that has second derivatives, where the fast one has none."""
-    if type(loss) is not LanguageModelLoss:
-        return loss
-    twin = copy.copy(loss)
-    twin.__class__ = _PlainLanguageModelLoss
-    return twin
-
-
-class _PlainLanguageModelLoss(LanguageModelLoss):
-    def _reduced(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        each = F.cross_entropy(at_least_float(logits[mask]), labels[mask], reduction="none")
-        total = each.new_zeros(mask.shape).masked_scatter(mask, each).sum(1)
-        return total if self.reduction == "sum" else total / mask.sum(1).clamp_min(1)
+from lightning_influence.capture.losses.base import logits_of
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -22,7 +22,6 @@ from lightning_influence.curvature.differentiation import (
     has_dead_end,
     signature,
     tracked_ones,
-    twice_differentiable,
 )
 
 ProductKind: TypeAlias = Literal["gauss-newton", "hessian"]
@@ -58,7 +57,7 @@ class CurvatureProduct(ABC):
         self.model = model
         self.components = tuple(components)
         self.loader = ExampleLoader(data)
-        self.loss = twice_differentiable(loss_for(model, self.loader, loss).where_supervised())
+        self.loss = loss_for(model, self.loader, loss).where_supervised()
         self._seen = signature(model)
         self._graph_checked = False
 
@@ -109,30 +108,39 @@ class CurvatureProduct(ABC):
             rows = self._unpacked(vectors.clone() if vectors.is_inference() else vectors)
             totals = [torch.zeros_like(row) for row in rows]
             for ids, batch in self.loader:
-                for total, part in zip(totals, self._of_batch(ids, batch, parameters, rows), strict=True):
-                    total.add_(part)
+                self._add_batch(totals, ids, batch, parameters, rows)
             return self._packed(totals) / self.loader.num_examples
 
     @abstractmethod
-    def _products(self, ids: Tensor, batch: Any, parameters: list[Tensor], rows: list[Tensor]) -> list[list[Tensor]]:
+    def _products(
+        self, ids: Tensor, batch: Any, parameters: list[Tensor], rows: list[Tensor]
+    ) -> Iterator[Sequence[Tensor]]:
         """For each of the q vectors, the summed products by parameter; ``rows`` are [q, *parameter.shape]."""
 
-    def _of_batch(self, ids: Tensor, batch: Any, parameters: list[Tensor], rows: list[Tensor]) -> list[Tensor]:
+    def _add_batch(
+        self, totals: list[Tensor], ids: Tensor, batch: Any, parameters: list[Tensor], rows: list[Tensor]
+    ) -> None:
+        """Add the products of a batch to ``totals``, one vector after another, as they are large."""
         batch = to_device(batch, parameters[0].device)
         batch = map_tensors(batch, lambda t: t.clone() if t.is_inference() else t)
+        rows = [row.to(p) for row, p in zip(rows, parameters, strict=True)]
         try:
-            found = self._products(ids, batch, parameters, [row.to(p) for row, p in zip(rows, parameters, strict=True)])
+            for q, parts in enumerate(self._products(ids, batch, parameters, rows)):
+                for total, part in zip(totals, parts, strict=True):
+                    # A sum reads once, a look at every number writes as well; it is taken where the sum is none.
+                    if not bool(part.sum().isfinite()) and not bool(part.isfinite().all()):
+                        raise ValueError(self._wild(ids))
+                    total[q].add_(part)
         except RuntimeError as error:
             if "is not implemented" not in str(error):
                 raise
             raise ValueError(self._once(str(error))) from error
-        parts = [torch.stack(column) for column in zip(*found, strict=True)]
-        if not all(bool(part.isfinite().all()) for part in parts):
-            raise ValueError(
-                f"`{type(self).__name__}`: second derivatives of a batch are not finite (ids {ids[:8].tolist()}); "
-                "expected finite ones. Remove these examples or repair the model."
-            )
-        return [widened(part) for part in parts]
+
+    def _wild(self, ids: Tensor) -> str:
+        return (
+            f"`{type(self).__name__}`: second derivatives of a batch are not finite (ids {ids[:8].tolist()}); expected "
+            "finite ones. Remove these examples or repair the model."
+        )
 
     def _check_graph(self, tensors: Sequence[Tensor]) -> None:
         """Look through the graph of first derivatives, once, for operations that have no further ones.
@@ -187,18 +195,18 @@ class HessianProduct(CurvatureProduct):
 
     kind = "hessian"
 
-    def _products(self, ids: Tensor, batch: Any, parameters: list[Tensor], rows: list[Tensor]) -> list[list[Tensor]]:
+    def _products(
+        self, ids: Tensor, batch: Any, parameters: list[Tensor], rows: list[Tensor]
+    ) -> Iterator[Sequence[Tensor]]:
         values = self._losses(ids, batch)
         gradients = torch.autograd.grad(
             values, parameters, tracked_ones(values), create_graph=True, allow_unused=True, materialize_grads=True
         )
         self._check_graph(gradients)
         curved = [k for k, gradient in enumerate(gradients) if gradient.requires_grad]
-        if not curved:  # linear in all of them
-            return [[torch.zeros_like(p) for p in parameters] for _ in rows[0]]
-        return [
-            list(
-                torch.autograd.grad(
+        for q in range(len(rows[0])):
+            if curved:
+                yield torch.autograd.grad(
                     [gradients[k] for k in curved],
                     parameters,
                     [rows[k][q] for k in curved],
@@ -206,9 +214,8 @@ class HessianProduct(CurvatureProduct):
                     allow_unused=True,
                     materialize_grads=True,
                 )
-            )
-            for q in range(len(rows[0]))
-        ]
+            else:  # linear in all of them
+                yield [torch.zeros_like(p) for p in parameters]
 
 
 class GaussNewtonProduct(CurvatureProduct):
@@ -224,7 +231,9 @@ class GaussNewtonProduct(CurvatureProduct):
 
     kind = "gauss-newton"
 
-    def _products(self, ids: Tensor, batch: Any, parameters: list[Tensor], rows: list[Tensor]) -> list[list[Tensor]]:
+    def _products(
+        self, ids: Tensor, batch: Any, parameters: list[Tensor], rows: list[Tensor]
+    ) -> Iterator[Sequence[Tensor]]:
         outputs, cut, values = self._cut(ids, batch, parameters)
         [slope] = torch.autograd.grad(values, [cut], tracked_ones(values), create_graph=True)
         # J v is the derivative by u of the linear u -> J^T u, which one graph gives for all v.
@@ -232,7 +241,6 @@ class GaussNewtonProduct(CurvatureProduct):
         pulled = torch.autograd.grad(outputs, parameters, dual, create_graph=True, allow_unused=True)
         used = [k for k, gradient in enumerate(pulled) if gradient is not None]
         self._check_graph([slope, *(pulled[k] for k in used)])
-        found = []
         for q in range(len(rows[0])):
             [pushed] = torch.autograd.grad(
                 [pulled[k] for k in used], [dual], [rows[k][q] for k in used], retain_graph=True
@@ -243,12 +251,9 @@ class GaussNewtonProduct(CurvatureProduct):
                     f"`GaussNewtonProduct`: the loss ({type(self.loss).__name__}) is linear in what the model returns, "
                     "so its Gauss-Newton matrix is 0. Let forward return logits or predictions, or ask for the Hessian."
                 )
-            found.append(
-                torch.autograd.grad(
-                    outputs, parameters, curved, retain_graph=True, allow_unused=True, materialize_grads=True
-                )
+            yield torch.autograd.grad(
+                outputs, parameters, curved, retain_graph=True, allow_unused=True, materialize_grads=True
             )
-        return [list(row) for row in found]
 
     def _cut(self, ids: Tensor, batch: Any, parameters: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Outputs as functions of the parameters, their cut-off copy, and the losses as functions of that."""

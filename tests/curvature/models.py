@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lightning_influence.capture.sampling import Uniforms
 from tests import oracles
@@ -61,6 +62,21 @@ class Images(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.second(self.first(images).tanh()).tanh().mean((2, 3)))
+
+
+class DeadEnd(torch.autograd.Function):
+    """``x -> x²``, with a derivative that has none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        [x] = ctx.saved_tensors
+        return 2 * x * gradient
 
 
 def mlp(*layers: nn.Module) -> nn.Module:

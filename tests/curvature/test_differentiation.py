@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.capture import LanguageModelLoss, RegressionLoss
 from lightning_influence.capture.losses.token_cross_entropy import token_cross_entropy
 from lightning_influence.curvature.differentiation import (
     cut_off,
@@ -14,33 +13,22 @@ from lightning_influence.curvature.differentiation import (
     has_dead_end,
     signature,
     tracked_ones,
-    twice_differentiable,
 )
-from tests.curvature.models import Tokens, labels, mlp, normal, ready, texts
-
-
-def test_the_fast_loss_of_language_models_is_replaced_by_one_with_second_derivatives() -> None:
-    fast = LanguageModelLoss("mean", shift=False)
-    plain = twice_differentiable(fast)
-    assert (plain.reduction, plain.shift) == ("mean", False)
-    assert type(fast) is LanguageModelLoss
-    model, batch = ready(Tokens()), torch.utils.data.default_collate(texts(4))
-    torch.testing.assert_close(plain.losses(model, batch), fast.losses(model, batch))
-    other = RegressionLoss()
-    assert twice_differentiable(other) is other
+from tests.curvature.models import DeadEnd, Tokens, labels, mlp, normal, ready
 
 
 def test_dead_ends_are_found_where_autograd_says_nothing() -> None:
     def slope(function: Any, weights: Tensor) -> list[Tensor]:
         logits = normal(4, 3).requires_grad_()
-        return list(torch.autograd.grad(function(logits * 2, labels(4, 3)), logits, weights, create_graph=True))
+        return list(torch.autograd.grad(function(logits * 2), logits, weights, create_graph=True))
 
-    plain = lambda z, y: torch.nn.functional.cross_entropy(z, y, reduction="none")  # noqa: E731
+    once = lambda z: DeadEnd.apply(z).sum(1)  # noqa: E731
+    fast = lambda z: token_cross_entropy(z, labels(4, 3))  # noqa: E731
     weights = tracked_ones(normal(4))
     assert weights.tolist() == [1.0] * 4
-    assert has_dead_end(slope(token_cross_entropy, weights))
-    assert not has_dead_end(slope(plain, weights))
-    assert not has_dead_end(slope(token_cross_entropy, torch.ones(4).double()))  # why the weights are tracked
+    assert has_dead_end(slope(once, weights))
+    assert not has_dead_end(slope(fast, weights))
+    assert not has_dead_end(slope(once, torch.ones(4).double()))  # why the weights are tracked
     assert not has_dead_end([normal(2)])
 
 
