@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -93,10 +94,15 @@ class Kept:
 
     records: tuple[LayerRecord, ...]
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         """Memory taken; an input that several components share counts once."""
         return sum({id(t): t.nbytes for record in self.records for t in _tensors(record)}.values())
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is kept."""
+        return _tensors(self.records[0])[0].device
 
 
 @dataclass(frozen=True)

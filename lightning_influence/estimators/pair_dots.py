@@ -164,11 +164,14 @@ class _Work:
     tables: tuple[_Table, _Table, _Table]  # of pairs, queries, training examples
     planned: dict[int, Step] = field(default_factory=dict)  # nodes that the plan holds now: the step that loaded each
     held: dict[int, Kept] = field(default_factory=dict)
+    lone: list[int] = field(default_factory=list)  # nodes whose squares are to be taken before they are given up
 
     def run(self, steps: Sequence[Step], advance: Advance) -> None:
         begun = False
         with self.job.capture:
             for step in steps:
+                if not set(self.lone).isdisjoint(step.drop):
+                    self._take_squares()
                 for node in step.drop:
                     del self.planned[node]
                     self.held.pop(node, None)
@@ -178,6 +181,7 @@ class _Work:
                     self._load(step)
                     self._take(step)
                 advance(len(step.load))
+            self._take_squares()
 
     def _lacks(self, step: Step) -> bool:
         return any(map(self._lacks_square, step.load)) or not self.tables[0].missing.isdisjoint(step.pairs)
@@ -188,11 +192,7 @@ class _Work:
         side = 0 if step.load[0] < self.q else 1
         records = self.job.records(side, [node - side * self.q for node in step.load])
         self.held |= dict(zip((step.load[k] for k in rows), self.compactor.take(records, rows), strict=True))
-        lone = [node for k, node in enumerate(step.load) if k in rows and self._lacks_square(node)]
-        squares = products([(self.held[node], self.held[node]) for node in lone]).cpu() if lone else ()
-        for node, values in zip(lone, squares, strict=True):
-            table, number = self._square(node)
-            table.write(number, values)
+        self.lone += [node for k, node in enumerate(step.load) if k in rows and self._lacks_square(node)]
         taken = sum(kept.bytes for kept in self.held.values())
         if taken > self.job.memory:
             warnings.warn(
@@ -201,7 +201,17 @@ class _Work:
                 stacklevel=2,
             )
 
+    def _take_squares(self) -> None:
+        """Of several examples at once, so that every thread has one."""
+        squares = products([(self.held[node], self.held[node]) for node in self.lone]).cpu() if self.lone else ()
+        for node, values in zip(self.lone, squares, strict=True):
+            table, number = self._square(node)
+            table.write(number, values)
+        self.lone.clear()
+
     def _take(self, step: Step) -> None:
+        if step.pairs:
+            self._take_squares()
         for start in range(0, len(step.pairs), SHARD):
             part = sorted(step.pairs[start : start + SHARD], key=self._nodes)
             if self.tables[0].missing.isdisjoint(part):

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-WINDOW = 4  # one part in so many of the memory is for examples that are visited together
-ALIKE = 0.75  # examples of a batch are padded to its longest: none is shorter than this part of it
+WINDOW = 3  # one part in so many of the memory is for examples that are visited together
+BATCH = (
+    48  # a further batch takes about as long as so many positions: the weights are read, and small products are slow
+)
 
 
 @dataclass(frozen=True)
@@ -245,26 +247,37 @@ def _groups(examples: Examples, visits: Iterable[Visit], room: int) -> Iterator[
 
 
 def _steps(
-    examples: Examples, nodes: Iterable[int], pairs: Sequence[int], drop: Sequence[int], batches: Batches
+    examples: Examples, nodes: Sequence[int], pairs: Sequence[int], drop: Sequence[int], batches: Batches
 ) -> list[Step]:
-    """Nodes as batches, longest examples first; what is dropped goes before them, pairs are taken after the last."""
-    loads: list[list[int]] = []
-    for node in sorted(nodes, key=lambda n: (examples.sides[n], -examples.lengths[n], n)):
-        if loads and _fits(examples, loads[-1], node, batches):
-            loads[-1].append(node)
-        else:
-            loads.append([node])
+    """Nodes as batches, a side at a time; what is dropped goes before them, pairs are taken after the last."""
+    loads = [
+        load
+        for side in sorted({examples.sides[node] for node in nodes})
+        for load in _batched(examples, [node for node in nodes if examples.sides[node] == side], batches)
+    ]
     steps = [Step((), tuple(load), ()) for load in loads]
     steps[0] = replace(steps[0], drop=tuple(drop))
     steps[-1] = replace(steps[-1], pairs=tuple(pairs))
     return steps
 
 
-def _fits(examples: Examples, batch: Sequence[int], node: int, batches: Batches) -> bool:
-    first = batch[0]
-    longest, length = examples.lengths[first], examples.lengths[node]
-    small = len(batch) < batches.examples and longest * (len(batch) + 1) <= batches.positions
-    return small and examples.sides[first] == examples.sides[node] and length >= ALIKE * longest
+def _batched(examples: Examples, nodes: Iterable[int], batches: Batches) -> list[list[int]]:
+    """Nodes, longest first, in the batches that take least time together: padding is weighed against their number."""
+    nodes = sorted(nodes, key=lambda n: (-examples.lengths[n], n))
+    costs, starts = [0.0], [0]  # of the best batches for the first 0, 1, ... nodes, and where the last of these begins
+    for end in range(1, len(nodes) + 1):
+        first = max(0, end - batches.examples)
+        sizes = {k: examples.lengths[nodes[k]] * (end - k) for k in range(first, end)}
+        fitting = [k for k, size in sizes.items() if size <= batches.positions or k == end - 1]
+        best = min(fitting, key=lambda k: (costs[k] + sizes[k], k))
+        costs.append(costs[best] + sizes[best] + BATCH)
+        starts.append(best)
+    loads: list[list[int]] = []
+    end = len(nodes)
+    while end > 0:
+        loads.insert(0, nodes[starts[end] : end])
+        end = starts[end]
+    return loads
 
 
 def num_visits(steps: Iterable[Step]) -> int:

@@ -13,8 +13,12 @@ from lightning_influence.capture.contexts import full_precision
 from lightning_influence.capture.layers.base import REMEMBERED, widened
 from lightning_influence.capture.record import DenseRecord, FactoredRecord, IndexedRecord, LayerRecord, SumRecord
 from lightning_influence.estimators.compact import Kept
+from lightning_influence.estimators.threads import shares, side_by_side
 
 TOGETHER = 64  # pairs that are compared component by component; what they have in common is kept for a while
+RAYS = (
+    8  # examples that are laid end to end: enough for a product to run at full speed, and for every thread to have some
+)
 
 Key = tuple[int, ...]
 
@@ -28,7 +32,7 @@ def products(pairs: Sequence[tuple[Kept, Kept]]) -> Tensor:
 
     Examples that are compared with the same one are laid end to end, as few large matrix products run faster than
     many small ones; and all pairs take their turn at one component before the next, so that an example's part of it is
-    read from memory once.
+    read from memory once. On the processor every thread has pairs of its own.
     """
     parts = (pairs[k : k + TOGETHER] for k in range(0, len(pairs), TOGETHER))
     return torch.cat([_products(part) for part in parts])
@@ -42,29 +46,49 @@ class _Star:
     others: list[Kept]
     places: list[int]
 
+    @property
+    def work(self) -> float:
+        """About proportional to its time."""
+        return sum(self.centre.bytes * other.bytes for other in self.others)
+
 
 def _stars(pairs: Sequence[tuple[Kept, Kept]]) -> list[_Star]:
-    """The pairs by the one of the two that stands in more of them."""
+    """The pairs by the one of the two that stands in more of them, a few at a time."""
     times = Counter(id(kept) for pair in pairs for kept in pair)
-    stars: dict[int, _Star] = {}
+    stars: list[_Star] = []
+    growing: dict[int, _Star] = {}
     for place, pair in enumerate(pairs):
         centre, other = sorted(pair, key=lambda kept: -times[id(kept)])
-        star = stars.setdefault(id(centre), _Star(centre, [], []))
+        star = growing.get(id(centre))
+        if star is None or len(star.others) == RAYS:
+            star = growing[id(centre)] = _Star(centre, [], [])
+            stars.append(star)
         star.others.append(other)
         star.places.append(place)
-    return list(stars.values())
+    return stars
 
 
 def _products(pairs: Sequence[tuple[Kept, Kept]]) -> Tensor:
-    stars, inputs = _stars(pairs), _Remembered()
-    order = torch.tensor([place for star in stars for place in star.places])
-    columns = []
-    for k in range(len(pairs[0][0].records)):
+    stars = _stars(pairs)
+    if pairs[0][0].device.type == "cpu":
+        work = [star.work for star in stars]
+        parts = [[stars[k] for k in share] for share in shares(work, torch.get_num_threads())]
+        values = torch.cat(side_by_side(_columns, parts))
+    else:
+        parts = [stars]
+        values = _columns(stars)
+    order = torch.tensor([place for part in parts for star in part for place in star.places])
+    return torch.empty_like(values).index_copy_(0, order.to(values.device), values)
+
+
+def _columns(stars: Sequence[_Star]) -> Tensor:
+    """Products of all pairs of some stars, one star after the other, [p, c]."""
+    inputs, columns = _Remembered(), []
+    for k in range(len(stars[0].centre.records)):
         inputs.next_component()
         parts = [_rays(star.centre.records[k], [other.records[k] for other in star.others], inputs) for star in stars]
         columns.append(torch.cat(parts))
-    values = torch.stack(columns, dim=1)
-    return torch.empty_like(values).index_copy_(0, order.to(values.device), values)
+    return torch.stack(columns, dim=1)
 
 
 def _rays(centre: LayerRecord, others: Sequence[LayerRecord], inputs: _Remembered) -> Tensor:

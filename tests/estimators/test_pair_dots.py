@@ -234,7 +234,7 @@ def store_at(path: Path, model: nn.Module) -> Store:
 
 def run(store: Store, model: nn.Module, candidates: Any = CANDIDATES, budget: int = 200_000) -> ComponentDots:
     estimator = GradientDot(model, memory_budget=budget, progress=False)
-    return estimator.pairs(loader(QUERIES), loader(TRAIN), candidates, store=store, batch_positions=20)
+    return estimator.pairs(loader(QUERIES), loader(TRAIN), candidates, store=store, batch_positions=12)
 
 
 def contents(path: Path) -> dict[str, bytes]:

@@ -1,12 +1,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_influence.estimators.pair_plan import ALIKE, Batches, Examples, Step, num_visits, plan, plan_all
+from lightning_influence.estimators.pair_plan import (
+    BATCH,
+    Batches,
+    Examples,
+    Step,
+    _batched,
+    num_visits,
+    plan,
+    plan_all,
+)
 
 Pairs = list[tuple[int, int]]
 
@@ -25,7 +35,6 @@ def carried_out(examples: Examples, pairs: Sequence[tuple[int, int]], steps: lis
         assert len({examples.sides[node] for node in step.load}) == 1
         assert len(lengths) <= batches.examples
         assert len(lengths) == 1 or max(lengths) * len(lengths) <= batches.positions
-        assert min(lengths) >= ALIKE * max(lengths)
         assert all(set(pairs[number]) <= held for number in step.pairs)
         done += step.pairs
     assert sorted(done) == list(range(len(pairs)))
@@ -103,3 +112,26 @@ def test_memory_for_less_than_a_pair_is_refused() -> None:
         plan_all(examples, memory=69, batches=Batches(9, 9))
     assert plan(examples, [(0, 2)], memory=40, batches=Batches(9, 9))
     assert plan(examples, [], memory=0, batches=Batches(9, 9)) == []
+
+
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=7), positions=st.integers(1, 900), most=st.integers(1, 4)
+)
+def test_batches_take_the_least_time_that_cuts_of_the_sorted_examples_can(
+    lengths: list[int], positions: int, most: int
+) -> None:
+    """Against all ways to cut them."""
+    nodes, batches = list(range(len(lengths))), Batches(positions, most)
+    found = _batched(Examples([0] * len(nodes), lengths, lengths), nodes, batches)
+    ordered = sorted(nodes, key=lambda node: (-lengths[node], node))
+    assert [node for load in found for node in load] == ordered
+
+    def time(loads: Sequence[Sequence[int]]) -> float:
+        return sum(BATCH + len(load) * lengths[load[0]] for load in loads)
+
+    def allowed(load: Sequence[int]) -> bool:
+        return len(load) == 1 or (len(load) <= most and len(load) * lengths[load[0]] <= positions)
+
+    cuts = (inner for k in range(len(nodes)) for inner in combinations(range(1, len(nodes)), k))
+    ways = [[ordered[a:b] for a, b in zip((0, *cut), (*cut, len(nodes)), strict=True)] for cut in cuts]
+    assert time(found) == min(time(way) for way in ways if all(map(allowed, way)))
