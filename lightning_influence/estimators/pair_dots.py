@@ -57,7 +57,8 @@ class PairDots:
         compactor, steps = self._planned()
         numbers = [number for step in steps for number in step.pairs]
         visited = list(dict.fromkeys(node for step in steps for node in step.load))
-        tables = _tables(store, name, numbers, [v for v in visited if v < q], [v - q for v in visited if v >= q])
+        kept = {"dtype": str(self.dtype)}
+        tables = _tables(store, name, kept, numbers, [v for v in visited if v < q], [v - q for v in visited if v >= q])
         work = _Work(self, compactor, q, n, tables)
         with bar(num_visits(steps)) as advance:
             work.run(steps, advance)
@@ -139,11 +140,14 @@ class _Table:
         return torch.stack([self._rows[k] for k in range(len(self._rows))], dim=1)
 
 
-def _tables(store: Store | None, name: str, *numbers: Sequence[int]) -> tuple[_Table, _Table, _Table]:
+def _tables(
+    store: Store | None, name: str, settings: dict[str, str], *numbers: Sequence[int]
+) -> tuple[_Table, _Table, _Table]:
     """Of the pairs, the queries and the training examples; the rows of each in the order in which they come."""
     names = [f"{name}.{part}" for part in ("pairs", "queries", "train")]
     writers = [
-        None if store is None else store.row_writer(k, ids, SHARD) for k, ids in zip(names, numbers, strict=True)
+        None if store is None else store.row_writer(k, ids, SHARD, settings)
+        for k, ids in zip(names, numbers, strict=True)
     ]
     pairs, queries, train = (_Table(w, store, k, ids) for w, k, ids in zip(writers, names, numbers, strict=True))
     return pairs, queries, train

@@ -44,7 +44,7 @@ class RowTable:
 
     @property
     def entry(self) -> dict[str, Any]:
-        """num_rows, shard_rows, columns (None before the first shard), files."""
+        """num_rows, shard_rows, columns (None before the first shard), settings, files."""
         return self.directory.entry("rows", self.name)
 
     @property
@@ -59,14 +59,14 @@ class RowTable:
         paths = [Path(path) for path in self.entry["files"] if path.endswith(".safetensors")]
         return [int(path.stem) for path in paths if (self.directory.path / path).is_file()]
 
-    def begin(self, ids: tuple[Id, ...], shard_rows: int) -> None:
-        """Settle the ids and their place."""
+    def begin(self, ids: tuple[Id, ...], shard_rows: int, settings: Mapping[str, Any]) -> None:
+        """Settle the ids, their place, and how the rows are made."""
         self.directory.make_room("rows", self.name)
         files.write_json(self.directory.path / self._ids_path, list(ids))
-        entry = {"num_rows": len(ids), "shard_rows": shard_rows, "columns": None}
+        entry = {"num_rows": len(ids), "shard_rows": shard_rows, "columns": None, "settings": dict(settings)}
         self.directory.commit("rows", self.name, entry, [self._ids_path])
 
-    def plan_differences(self, ids: tuple[Id, ...], shard_rows: int) -> Iterator[str]:
+    def plan_differences(self, ids: tuple[Id, ...], shard_rows: int, settings: Mapping[str, Any]) -> Iterator[str]:
         """One line for each way in which the stored plan is another one."""
         stored = self.ids
         if stored != ids:
@@ -78,6 +78,10 @@ class RowTable:
             )
         if self.entry["shard_rows"] != shard_rows:
             yield f"shard_rows of rows {self.name!r}: stored {self.entry['shard_rows']}, asked {shard_rows}"
+        known = self.entry.get("settings", {})
+        for key in sorted({*known, *settings}):
+            if known.get(key) != settings.get(key):
+                yield f"{key} of rows {self.name!r}: stored {known.get(key)!r}, asked {settings.get(key)!r}"
 
     def stored_ids(self) -> set[Id]:
         """Ids whose rows are on disk; none when there is no table."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -273,7 +273,9 @@ class Store:
         """
         return files.read_json(self._only_file("json", name))
 
-    def row_writer(self, name: str, ids: Iterable[Any], shard_rows: int = 1024) -> RowWriter:
+    def row_writer(
+        self, name: str, ids: Iterable[Any], shard_rows: int = 1024, settings: Mapping[str, Any] | None = None
+    ) -> RowWriter:
         """Begin a table of per-example rows, or take it up where a killed run stopped.
 
         Hand the writer rows of `RowWriter.missing_ids` until there are none. Where the numbers depend on how
@@ -284,18 +286,19 @@ class Store:
             name: Under which `read_rows` finds it.
             ids: All ids of the table, ints or strings, each once, in the order in which they are stored.
             shard_rows: Rows in one file, which is what a kill can cost.
+            settings: What else the numbers depend on, in JSON's types.
 
         Raises:
-            StoreError: If the table was begun with other ids or another ``shard_rows``.
+            StoreError: If the table was begun with other ids, settings or another ``shard_rows``.
         """
         plain = plain_ids(ids, f"row_writer({name!r}, ids=...)")
         if shard_rows < 1:
             raise ValueError(f"`row_writer({name!r}, shard_rows={shard_rows})`: expected an int >= 1.")
         table = RowTable(self._directory, name)
         if table.exists:
-            self._refuse(table.plan_differences(plain, shard_rows))
+            self._refuse(table.plan_differences(plain, shard_rows, settings or {}))
         else:
-            table.begin(plain, shard_rows)
+            table.begin(plain, shard_rows, settings or {})
         return RowWriter(table)
 
     def missing_ids(self, name: str, ids: Iterable[Any]) -> tuple[Id, ...]:

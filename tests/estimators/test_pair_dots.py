@@ -287,6 +287,11 @@ def test_a_store_of_other_pairs_is_refused(tmp_path: Path) -> None:
     run(store, model)
     with pytest.raises(StoreError, match=r"ids of rows 'component_dots\.pairs'"):
         run(store, model, [row[:1] for row in CANDIDATES])
+    rounded = GradientDot(model, memory_budget=200_000, progress=False)
+    with pytest.raises(
+        StoreError, match=r"dtype of rows 'component_dots\.pairs': stored 'None', asked 'torch.bfloat16'"
+    ):
+        rounded.pairs(loader(QUERIES), loader(TRAIN), CANDIDATES, store=store, batch_positions=12, dtype=torch.bfloat16)
 
 
 # Bad input

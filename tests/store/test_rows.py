@@ -33,7 +33,7 @@ def begin(path, ids=IDS, shard_rows=4):
     directory = Directory(path)
     directory.begin({})
     table = RowTable(directory, "train")
-    table.begin(ids, shard_rows)
+    table.begin(ids, shard_rows, {"dtype": "half"})
     return table
 
 
@@ -178,11 +178,13 @@ def test_rows_that_do_not_fit(tmp_path, ids, values, message):
 
 def test_another_plan_is_named(tmp_path):
     table = begin(tmp_path)
-    assert not list(table.plan_differences(IDS, 4))
-    assert list(table.plan_differences((*IDS[1:], 7, 8), 5)) == [
+    assert not list(table.plan_differences(IDS, 4, {"dtype": "half"}))
+    assert list(table.plan_differences((*IDS[1:], 7, 8), 5, {"dtype": None, "seed": 1})) == [
         "ids of rows 'train': 1 only in the store [100], 2 only asked for [7, 8]",
         "shard_rows of rows 'train': stored 4, asked 5",
+        "dtype of rows 'train': stored 'half', asked None",
+        "seed of rows 'train': stored None, asked 1",
     ]
-    assert list(table.plan_differences(IDS[::-1], 4)) == [
+    assert list(table.plan_differences(IDS[::-1], 4, {"dtype": "half"})) == [
         "ids of rows 'train': 0 only in the store [], 0 only asked for [], but in another order"
     ]
