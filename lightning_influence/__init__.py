@@ -6,7 +6,7 @@ stored, examples and groups are scored, a subset is selected.
 
 from __future__ import annotations
 
-from lightning_influence.callbacks import CurvatureRecorder, GradientDotRecorder, Recorder, find_records
+from lightning_influence.callbacks import CurvatureRecorder, GradientDotRecorder, LESSRecorder, Recorder, find_records
 from lightning_influence.capture import (
     ClassificationLoss,
     Component,
@@ -24,6 +24,7 @@ from lightning_influence.curvature import (
     CG,
     EKFAC,
     KFAC,
+    AdamMoments,
     Arnoldi,
     Convergence,
     Curvature,
@@ -40,6 +41,7 @@ from lightning_influence.errors import NotFittedError, StoreError, UnsupportedLa
 from lightning_influence.estimators import (
     CKA,
     TRAK,
+    AdamDot,
     CandidateScores,
     ComponentDots,
     EmbeddingSimilarity,
@@ -58,6 +60,8 @@ from lightning_influence.estimators import (
     TopScores,
     TracIn,
     TwoStage,
+    less_scores,
+    load_moments,
     merged,
     pair_products,
 )
@@ -142,6 +146,7 @@ __all__ = [  # noqa: RUF022  in the order in which data flows
     "CG",
     "LiSSA",
     "Arnoldi",
+    "AdamMoments",
     "Convergence",
     "GaussNewtonProduct",
     "HessianProduct",
@@ -155,6 +160,9 @@ __all__ = [  # noqa: RUF022  in the order in which data flows
     "ProjectedDot",
     "pair_products",
     "TracIn",
+    "AdamDot",
+    "less_scores",
+    "load_moments",
     "InfluenceFunction",
     "MultiStageInfluence",
     "merged",
@@ -199,6 +207,7 @@ __all__ = [  # noqa: RUF022  in the order in which data flows
     "Recorder",
     "GradientDotRecorder",
     "CurvatureRecorder",
+    "LESSRecorder",
     "find_records",
     "DataSelector",
     "UnsupportedLayerError",

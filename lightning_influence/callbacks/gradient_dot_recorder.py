@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from lightning.fabric.utilities import rank_zero_warn
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 from lightning_influence.callbacks import candidate_dots, learning_rates
 from lightning_influence.callbacks.base import Recorder
 from lightning_influence.callbacks.candidate_dots import CandidateDots
+from lightning_influence.callbacks.example_shares import joined_columns, own_part, read_as_training, weights_label
 from lightning_influence.callbacks.learning_rates import LearningRateWatch
 from lightning_influence.callbacks.preconditions import training_data
 from lightning_influence.callbacks.query_check import check_finite, texts_of
@@ -157,7 +155,7 @@ class GradientDotRecorder(Recorder):
         self._found = self._candidates(train, queries)
         loss = self.examine(recording, recording.examples(train), recording.examples(queries))
         check_supervised(recording.model, recording.examples(queries), loss)
-        own = _own(recording, queries)
+        own = own_part(recording, queries)
         if own is not None:
             check_finite(recording, recording.examples(own), loss)
         self._try_out(recording, train, queries)
@@ -174,9 +172,9 @@ class GradientDotRecorder(Recorder):
         if self._found is not None:
             self._record_candidates(recording, train, queries)
             return
-        parts = recording.on_each_rank(lambda: self._score(recording, _own(recording, train), queries))
+        parts = recording.on_each_rank(lambda: self._score(recording, own_part(recording, train), queries))
         if recording.is_writer:
-            scores = _joined([part for part in parts if part is not None], train.ids)
+            scores = joined_columns(parts, train.ids)
             store = self._store(recording, scores, train, queries)
             scores.save(store)
 
@@ -190,7 +188,7 @@ class GradientDotRecorder(Recorder):
             candidates=self._found,
             batch_positions=self.batch_positions,
         )
-        dots = job.collect().at(_weights(recording))
+        dots = job.collect().at(weights_label(recording))
         if recording.is_writer:
             store = self._store(recording, dots, train, queries)
             store.write_json("candidates", self._found)
@@ -219,14 +217,7 @@ class GradientDotRecorder(Recorder):
 
     def _loader(self, recording: Recording, data: Any) -> ExampleLoader:
         """A dataset without a loader is read as the training data is: with its collate function and batch size."""
-        like = self.train if isinstance(self.train, DataLoader | ExampleLoader) else None
-        if isinstance(data, DataLoader | ExampleLoader):
-            return ExampleLoader(data, self.batch_size)
-        try:
-            training = ExampleLoader(training_data(self._call(), recording.trainer) if like is None else like)
-        except (MisconfigurationException, ValueError):  # the fit trains on something that has no positions
-            return ExampleLoader(data, self.batch_size)
-        return ExampleLoader(data, self.batch_size or training.batch_size, training.collate_fn)
+        return read_as_training(self._call(), recording.trainer, data, self.train, self.batch_size)
 
     def _candidates(self, train: ExampleLoader, queries: ExampleLoader) -> list[list[int]] | None:
         if self.candidates is None:
@@ -274,7 +265,7 @@ class GradientDotRecorder(Recorder):
             left, right = recording.examples(left, advance=advance), recording.examples(train, advance=advance)
             estimator = self._estimator(recording, left)
             scores = estimator.score(left, right, per_component=self.per_component)
-        return scores.at(_weights(recording))
+        return scores.at(weights_label(recording))
 
     def _store(
         self, recording: Recording, found: Scores | ComponentDots, train: ExampleLoader, queries: ExampleLoader
@@ -299,20 +290,3 @@ class GradientDotRecorder(Recorder):
 
 def _is_row(row: Any) -> bool:
     return isinstance(row, Sequence | torch.Tensor) and not isinstance(row, str)
-
-
-def _weights(recording: Recording) -> str:
-    return recording.checkpoint or f"step={recording.step}"
-
-
-def _own(recording: Recording, examples: ExampleLoader) -> ExampleLoader | None:
-    """This rank's part of some examples; None where there are more ranks than examples, and this is one of them."""
-    ids = examples.ids[recording.trainer.global_rank :: recording.trainer.world_size]
-    return ExampleLoader(examples, indices=ids) if ids else None
-
-
-def _joined(parts: Sequence[Scores], ids: Sequence[int]) -> Scores:
-    """The ranks' columns, in the order of the ids."""
-    place = {name: k for k, name in enumerate(name for part in parts for name in part.train_ids)}
-    values = torch.cat([part.values for part in parts], dim=-1)[..., [place[name] for name in ids]]
-    return replace(parts[0], values=values, train_ids=tuple(ids))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_influence.curvature.adam import AdamMoments, AdamState
 from lightning_influence.curvature.arnoldi import Arnoldi
 from lightning_influence.curvature.base import Curvature
 from lightning_influence.curvature.cg import CG
@@ -25,6 +26,8 @@ __all__ = [
     "CURVATURES",
     "EKFAC",
     "KFAC",
+    "AdamMoments",
+    "AdamState",
     "Arnoldi",
     "Convergence",
     "Curvature",

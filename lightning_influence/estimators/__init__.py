@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_influence.estimators.adam_dot import AdamDot, load_moments
 from lightning_influence.estimators.base import Estimator
 from lightning_influence.estimators.candidates import CandidateScores, Scorer, TwoStage
 from lightning_influence.estimators.cka import CKA
@@ -10,6 +11,7 @@ from lightning_influence.estimators.embedding_similarity import EmbeddingSimilar
 from lightning_influence.estimators.gradient_dot import GradientDot
 from lightning_influence.estimators.group_influence import Interactions
 from lightning_influence.estimators.influence_function import InfluenceFunction
+from lightning_influence.estimators.less import less_scores
 from lightning_influence.estimators.lexical import Lexical
 from lightning_influence.estimators.merged import merged
 from lightning_influence.estimators.multi_stage import Distance, MultiStageInfluence
@@ -25,6 +27,7 @@ from lightning_influence.estimators.trak import TRAK
 __all__ = [
     "CKA",
     "TRAK",
+    "AdamDot",
     "CandidateScores",
     "ComponentDots",
     "Distance",
@@ -45,6 +48,8 @@ __all__ = [
     "TopScores",
     "TracIn",
     "TwoStage",
+    "less_scores",
+    "load_moments",
     "merged",
     "pair_products",
 ]
