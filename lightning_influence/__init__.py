@@ -19,6 +19,7 @@ from lightning_influence.capture import (
     ModuleLoss,
     RegressionLoss,
     find_components,
+    omit_nonfinite,
 )
 from lightning_influence.curvature import (
     CG,
@@ -112,6 +113,7 @@ from lightning_influence.store import Store
 __all__ = [  # noqa: RUF022  in the order in which data flows
     "Component",
     "find_components",
+    "omit_nonfinite",
     "GradientCapture",
     "LayerRecord",
     "ExampleLoader",

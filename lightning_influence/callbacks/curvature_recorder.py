@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from lightning_influence.callbacks.base import Recorder, When
 from lightning_influence.callbacks.preconditions import training_data
@@ -89,10 +90,13 @@ class CurvatureRecorder(Recorder):
             own = self._usable[recording.trainer.global_rank :: recording.trainer.world_size]
             examples = recording.examples(train, indices=own or self._usable[:1], advance=advance)
             for _ in range(curvature.num_passes):
-                recording.on_each_rank(lambda: _observe(curvature, capture, examples, loss))
-                if not own:  # more ranks than examples: this one has to add sums of the same shapes, but nothing
+                needed = curvature.needed(own)
+                part = ExampleLoader(examples, indices=needed or own[:1] or self._usable[:1])
+                recording.on_each_rank(lambda: _observe(curvature, capture, part, loss))  # noqa: B023
+                if not needed:  # more ranks than examples: this one has to add sums of the same shapes, but nothing
                     _clear(curvature)
                 recording.sum_over_ranks(curvature.partial())
+                _share_work(recording, curvature)
                 curvature.finish_pass()
         if recording.is_writer:
             self._save(recording, curvature, loss, train)
@@ -124,6 +128,15 @@ def _twin(curvature: Curvature) -> Curvature:
 def _observe(curvature: Curvature, capture: GradientCapture, examples: ExampleLoader, loss: ExampleLoss) -> None:
     for ids, batch in examples:
         curvature.observe(capture, ids, batch, loss)
+
+
+def _share_work(recording: Recording, curvature: Curvature) -> None:
+    """Eigendecompositions: a part of them on each rank, all of them for each."""
+    rank, ranks = recording.trainer.global_rank, recording.trainer.world_size
+    if ranks > 1:
+        found: dict[str, Tensor] = {}
+        recording.on_each_rank(lambda: found.update(curvature.decompose(rank, ranks)))
+        recording.sum_over_ranks(found)
 
 
 def _clear(curvature: Curvature) -> None:

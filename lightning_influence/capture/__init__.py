@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning_influence.capture.component import Component, Coverage, find_components, parameter_gradients
 from lightning_influence.capture.examples import ExampleLoader
+from lightning_influence.capture.finite import omit_nonfinite
 from lightning_influence.capture.gradient_capture import GradientCapture
 from lightning_influence.capture.losses import (
     ClassificationLoss,
@@ -29,6 +30,7 @@ __all__ = [
     "ModuleLoss",
     "RegressionLoss",
     "find_components",
+    "omit_nonfinite",
     "parameter_gradients",
     "resolve_loss",
 ]

@@ -21,6 +21,7 @@ class ExampleLoader:
         batch_size: Examples per batch; None takes the loader's, or 32.
         collate_fn: None takes the loader's, or torch's default.
         indices: Positions to visit, in this order; None for all. Ids are positions in the whole dataset.
+        omitted: Positions that were left out because they could not be used, to be told where results are kept.
 
     Raises:
         ValueError: If the data is empty, cannot be indexed, or an index lies outside.
@@ -32,8 +33,11 @@ class ExampleLoader:
         batch_size: int | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         indices: Sequence[int] | None = None,
+        omitted: Sequence[int] = (),
     ) -> None:
+        self.omitted: tuple[int, ...] = tuple(omitted)
         if isinstance(data, ExampleLoader):
+            self.omitted = self.omitted or data.omitted
             indices = data.ids if indices is None else indices
             batch_size = data.batch_size if batch_size is None else batch_size
         elif isinstance(data, DataLoader):

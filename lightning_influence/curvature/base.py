@@ -21,7 +21,9 @@ from lightning_influence.capture import (
 )
 from lightning_influence.capture.batches import to_device
 from lightning_influence.capture.component import Select
+from lightning_influence.capture.finite import NanPolicy, check_nan_policy, omit_nonfinite
 from lightning_influence.capture.sampling import Uniforms
+from lightning_influence.curvature.kept import KeptRecords
 from lightning_influence.errors import NotFittedError
 
 Fisher: TypeAlias = Literal["sampled", "empirical"]
@@ -32,6 +34,9 @@ class Curvature(ABC):
 
     One scale everywhere: G = E[g g^T] over examples, g the gradient of one example's own loss (summed over its
     positions). It is the Hessian of the mean loss as far as the Gauss-Newton approximation goes.
+
+    Attributes:
+        omitted: Ids of the examples that `fit` left out because it was asked to.
     """
 
     num_passes: ClassVar[int] = 0
@@ -39,6 +44,7 @@ class Curvature(ABC):
     seed: int = 0
     components: tuple[Component, ...] = ()
     fitted: bool = False
+    omitted: tuple[int, ...] = ()
 
     def start(self, components: Sequence[Component]) -> None:
         """Begin the first pass, forgetting what was seen before.
@@ -81,6 +87,22 @@ class Curvature(ABC):
         """
         return {}
 
+    def decompose(self, rank: int, ranks: int) -> dict[str, Tensor]:
+        """Do one rank's share of the work of `finish_pass`, between the adding up of `partial` and that call.
+
+        Optional: what is returned has to be added up over all ranks in place, as the sums were; without it every rank
+        does all of the work.
+
+        Args:
+            rank: Of this process, from 0.
+            ranks: How many there are.
+        """
+        return {}
+
+    def needed(self, ids: Sequence[int]) -> list[int]:
+        """Those of some examples that the current pass has to see; the others may be left out."""
+        return list(ids)
+
     def merge(self, others: Sequence[Self]) -> None:
         """Add what others saw in the current pass on other parts of the data.
 
@@ -121,6 +143,8 @@ class Curvature(ABC):
         *,
         batch_size: int | None = None,
         progress: bool = True,
+        nan_policy: NanPolicy = "raise",
+        memory_budget: int = 0,
     ) -> Self:
         """Accumulate over a dataset: `num_passes` forward and backward passes without weight gradients.
 
@@ -131,6 +155,10 @@ class Curvature(ABC):
             components: What `find_components` takes.
             batch_size: Examples per batch; None takes the loader's, or 32.
             progress: Whether to show a progress bar when it takes more than a few seconds.
+            nan_policy: What to do about examples whose loss is not finite: ``"raise"`` an error that names them, or
+                ``"omit"`` them with a warning, see `omit_nonfinite`; ``omitted`` holds their ids.
+            memory_budget: Bytes for the layers' inputs and gradients of the first pass that are kept where there is a
+                second one, which then needs no forward and backward pass of these examples. The result is the same.
 
         Returns:
             Itself, fitted.
@@ -139,14 +167,21 @@ class Curvature(ABC):
             ValueError: If the data is empty, or a loss is not one finite number per example (ids are named).
             UnsupportedLayerError: If a component has no per-example gradient.
         """
+        check_nan_policy(f"{type(self).__name__}.fit", nan_policy)
         loader = ExampleLoader(data, batch_size)
         loss = loss_for(model, loader, loss)
+        loader = omit_nonfinite(model, loader, loss) if nan_policy == "omit" else loader
+        kept = KeptRecords(memory_budget)
         with GradientCapture(model, components) as capture:
             self.start(capture.components)
+            self.omitted = loader.omitted
             for k in range(self.num_passes):
+                self._see_again(kept)
                 label = f"{type(self).__name__} pass {k + 1} of {self.num_passes}"
-                for ids, batch in tqdm(loader, desc=label, delay=3, leave=False, disable=not progress):
-                    self.observe(capture, ids, batch, loss)
+                bar = tqdm(self._to_see(loader, kept), desc=label, delay=3, leave=False, disable=not progress)
+                keep = kept if k + 1 < self.num_passes else None
+                for ids, batch in bar:
+                    self.observe(capture, ids, batch, loss, keep=keep)
                 self.finish_pass()
         return self
 
@@ -156,6 +191,8 @@ class Curvature(ABC):
         ids: Tensor,
         batch: Any,
         loss: ExampleLoss | Callable[[nn.Module, Any], Tensor] | None = None,
+        *,
+        keep: KeptRecords | None = None,
     ) -> None:
         """Take in one batch of the current pass.
 
@@ -167,6 +204,7 @@ class Curvature(ABC):
             ids: Ids of the examples, int64 [n].
             batch: The batch, on any device.
             loss: Per-example loss; None resolves it from this batch.
+            keep: Where to keep the records for the next pass.
         """
         batch = to_device(batch, next(capture.model.parameters()).device)
         found = resolve_loss(capture.model, batch, loss)
@@ -178,12 +216,31 @@ class Curvature(ABC):
 
         n = found.batch_size(batch)
         records = capture.record(batch, losses, ids, found.position_mask(batch), n)
+        records = records if keep is None else keep.keeping(records)
         for component, record in zip(capture.components, records, strict=True):
             self.update(component, record)
 
     def __repr__(self) -> str:
         """How to build an unfitted twin."""
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings().items())})"
+
+    def _see_again(self, kept: KeptRecords) -> None:
+        """Take in what was kept of the pass before."""
+        for records in kept.batches:
+            for component, record in zip(self.components, records, strict=True):
+                self.update(component, record)
+
+    def _to_see(self, loader: ExampleLoader, kept: KeptRecords) -> ExampleLoader | list[Any]:
+        """The batches of the current pass that were not kept."""
+        needed = self.needed(loader.ids)
+        if not needed:
+            raise ValueError(
+                f"`{self!r}.fit(data)`: none of {loader.num_examples} examples was drawn. Expected a larger "
+                "covariance_share, or more examples."
+            )
+        known = kept.ids
+        rest = [k for k in needed if k not in known]
+        return ExampleLoader(loader, indices=rest) if rest else []
 
     def _check_fitted(self) -> None:
         if not self.fitted:

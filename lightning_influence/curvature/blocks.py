@@ -15,8 +15,9 @@ from torch import Tensor
 
 from lightning_influence.capture import LayerRecord
 from lightning_influence.capture.record import DenseRecord, FactoredRecord
-from lightning_influence.curvature.base import symmetric
-from lightning_influence.curvature.common import Common, add_gram
+from lightning_influence.curvature.common import Basis, Common, add_grams, back, rotate
+from lightning_influence.curvature.ranks import FactorRank, numerical_rank
+from lightning_influence.curvature.subsample import Subsample
 
 DENSE_LIMIT = 1024  # parameters up to which a block without Kronecker structure is kept exactly
 ROTATED = 1 << 20  # elements of per-example products that are squared at a time, to stay in cache
@@ -28,13 +29,17 @@ class Block(ABC):
     Attributes:
         sums: Running sums by name; parts of the data add theirs up.
         fitted: Tensors that remain after the passes, by name.
+        short: Factors that the data could not fill.
+        both: Whether there is something to learn in each of two passes, or in the last alone.
     """
 
     kind: ClassVar[str]
+    both: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.fitted: dict[str, Tensor] = {}
+        self.short: list[FactorRank] = []
 
     @abstractmethod
     def update(self, record: LayerRecord, second: bool, common: Common | None = None) -> None:
@@ -43,6 +48,10 @@ class Block(ABC):
     @abstractmethod
     def finish(self, second: bool, common: Common | None = None) -> None:
         """Turn the sums of a pass into what remains."""
+
+    def factors(self) -> dict[str, tuple[Tensor, float]]:
+        """Those of the sums that `finish` decomposes, each with what it is divided by first."""
+        return {}
 
     @abstractmethod
     def eigenvalues(self) -> Tensor:
@@ -68,9 +77,19 @@ class KroneckerBlock(Block):
     After the first pass Lambda is the K-FAC one, the products of the eigenvalues of S and A times the mean
     number of positions of an example (so that its trace is that of E[g g^T] when positions are independent);
     a second pass replaces it by the exact second moments in that basis.
+
+    Args:
+        max_width: Factors that are wider are kept as diagonal blocks of at most this width; None keeps all.
+        subsample: What the covariances are taken from; None for everything.
     """
 
     kind = "kronecker"
+    both = True
+
+    def __init__(self, max_width: int | None = None, subsample: Subsample | None = None) -> None:
+        super().__init__()
+        self.max_width, self.subsample = max_width, subsample
+        self.bases: dict[str, Basis] = {}
 
     def update(self, record: LayerRecord, second: bool, common: Common | None = None) -> None:
         """Covariances over positions, or squares of the rotated gradients over examples."""
@@ -79,16 +98,22 @@ class KroneckerBlock(Block):
         if second:
             self._squares(record, common)
             return
-        _, _, i, o = record.sizes
+        n, t, i, o = record.sizes
         mask = None if record.mask is None or bool(record.mask.all()) else record.mask
+        occupied = n * t if mask is None else int(mask.sum())
+        if self.subsample is not None:
+            mask = self.subsample.positions(record.ids, t, mask)
+            mask = mask.to(record.gradients.device)
         gradients = record.gradients.reshape(-1, o) if mask is None else record.gradients[mask]
-        if "input_covariance" not in self.sums:
-            for name, width in (("input_covariance", i), ("gradient_covariance", o)):
-                self.sums[name] = gradients.new_zeros(width, width)
-        common.add_input_gram(self.sums["input_covariance"], record.inputs, mask)
-        add_gram(self.sums["gradient_covariance"], gradients)
+        for side, width in (("input", i), ("gradient", o)):
+            if not self._covariances(side):
+                for k, size in enumerate(piece_sizes(width, self.max_width)):
+                    self.sums[f"{side}_covariance.{k}"] = gradients.new_zeros(size, size)
+        common.add_input_grams(self._covariances("input"), record.inputs, mask)
+        add_grams(self._covariances("gradient"), gradients)
         self._count("positions", len(gradients))
-        self._count("examples", len(record))
+        self._count("occupied", occupied)
+        self._count("examples", n)
 
     def finish(self, second: bool, common: Common | None = None) -> None:
         """Eigendecompositions in float64 after the first pass, the mean of the squares after the second."""
@@ -96,16 +121,27 @@ class KroneckerBlock(Block):
             self.fitted["eigenvalues"] = self.sums["squares"] / self.sums["examples"]
             self.sums = {}
             return
-        positions, examples = float(self.sums["positions"]), float(self.sums["examples"])
         common = Common() if common is None else common
+        positions, examples = float(self.sums["positions"]), float(self.sums["examples"])
+        self.short = []
         values = {}
-        for name in ("input", "gradient"):
-            covariance = self.sums[f"{name}_covariance"]
-            spectrum, self.fitted[f"{name}_basis"] = common.eigenvectors(covariance, positions)
-            values[name] = spectrum.clamp_min(0)
-        scale = positions / examples
+        for side, name in (("input", "A"), ("gradient", "S")):
+            spectra = []
+            for k, covariance in enumerate(self._covariances(side)):
+                spectrum, self.fitted[f"{side}_basis.{k}"] = common.eigenvectors(covariance, positions)
+                spectra.append(spectrum.clamp_min(0))
+                if positions < len(spectrum):
+                    rank = numerical_rank(spectrum, covariance.dtype)
+                    self.short.append(FactorRank(name, rank, len(spectrum)))
+            values[side] = torch.cat(spectra)
+        scale = float(self.sums["occupied"]) / examples
         self.fitted["eigenvalues"] = (scale * torch.outer(values["gradient"], values["input"])).to(covariance.dtype)
-        self.sums = {}
+        self.sums, self.bases = {}, {}
+
+    def factors(self) -> dict[str, tuple[Tensor, float]]:
+        """Covariances over the positions seen."""
+        found = {key: total for key, total in self.sums.items() if "_covariance." in key}
+        return {key: (total, float(self.sums["positions"])) for key, total in found.items()}
 
     def eigenvalues(self) -> Tensor:
         """Lambda, [o, i]."""
@@ -113,31 +149,41 @@ class KroneckerBlock(Block):
 
     def solve(self, gradients: Tensor, damping: float) -> Tensor:
         """[q, o, i] -> [q, o, i]."""
-        left, right = self.fitted["gradient_basis"], self.fitted["input_basis"]
-        rotated = left.mT @ gradients.to(left.dtype) @ right
-        return left @ (rotated / (self.eigenvalues() + damping)) @ right.mT
+        left, right = self._basis("gradient"), self._basis("input")
+        rotated = rotate(rotate(gradients.to(left[0].dtype).mT, left).mT, right)
+        return back(back(rotated / (self.eigenvalues() + damping), right).mT, left).mT
+
+    def _covariances(self, side: str) -> list[Tensor]:
+        return [total for key, total in self.sums.items() if key.startswith(f"{side}_covariance.")]
+
+    def _basis(self, side: str) -> Basis:
+        """The same object every time, by which what was rotated is found again."""
+        if side not in self.bases:
+            names = sorted((key for key in self.fitted if key.startswith(f"{side}_basis")), key=piece_of)
+            self.bases[side] = tuple(self.fitted[name] for name in names)
+        return self.bases[side]
 
     def _squares(self, record: FactoredRecord, common: Common) -> None:
         """Sum over examples of (Q_S^T g Q_A)^2; the factors are rotated when that is the smaller job."""
         n, t, i, o = record.sizes
-        left, right = self.fitted["gradient_basis"], self.fitted["input_basis"]
+        left, right = self._basis("gradient"), self._basis("input")
         if "squares" not in self.sums:
-            self.sums["squares"] = left.new_zeros(o, i)
+            self.sums["squares"] = left[0].new_zeros(o, i)
         self._count("examples", n)
         total = self.sums["squares"]
         if t == 1:
-            s, a = record.gradients[:, 0] @ left, common.rotated(record.inputs, right)[:, 0]
-            total.addmm_(s.square_().mT, a.square())
+            s, a = rotate(record.gradients[:, 0], left), common.rotated(record.inputs, right)[:, 0]
+            total.addmm_(s.square().mT, a.square())
             return
         step = max(1, ROTATED // (o * i))
         if t * (o * o + i * i) <= o * i * (o + i):
-            s, a = record.gradients @ left, common.rotated(record.inputs, right)
+            s, a = common.rotate(record.gradients, left), common.rotated(record.inputs, right)
             for k in range(0, n, step):
                 _add_squares(total, torch.bmm(s[k : k + step].mT, a[k : k + step]))
         else:
             for k in range(0, n, step):
                 part = record.narrow(k, min(k + step, n)).example_gradients()
-                _add_squares(total, left.mT @ part @ right)
+                _add_squares(total, rotate(rotate(part, right).mT, left).mT)
 
 
 class DenseBlock(Block):
@@ -146,21 +192,22 @@ class DenseBlock(Block):
     kind = "dense"
 
     def update(self, record: LayerRecord, second: bool, common: Common | None = None) -> None:
-        """One outer product per example, in the first pass."""
-        if second:
-            return
+        """One outer product per example."""
         rows = record.example_gradients().flatten(1)
         self._add("moments", rows.mT @ rows)
         self._count("examples", len(record))
 
     def finish(self, second: bool, common: Common | None = None) -> None:
         """Decompose."""
-        if second:
-            return
-        moments = self.sums["moments"]
-        spectrum, basis = torch.linalg.eigh(symmetric(moments) / float(self.sums["examples"]))
-        self.fitted = {"eigenvalues": spectrum.clamp_min(0).to(moments.dtype), "basis": basis.to(moments.dtype)}
+        common = Common() if common is None else common
+        [(moments, count)] = self.factors().values()
+        spectrum, basis = common.eigenvectors(moments, count)
+        self.fitted = {"eigenvalues": spectrum.clamp_min(0).to(moments.dtype), "basis": basis}
         self.sums = {}
+
+    def factors(self) -> dict[str, tuple[Tensor, float]]:
+        """The sum of outer products over the examples seen."""
+        return {"moments": (self.sums["moments"], float(self.sums["examples"]))} if self.sums else {}
 
     def eigenvalues(self) -> Tensor:
         """[P]."""
@@ -179,17 +226,13 @@ class DiagonalBlock(Block):
     kind = "diagonal"
 
     def update(self, record: LayerRecord, second: bool, common: Common | None = None) -> None:
-        """Sum of squares over examples, in the first pass."""
-        if second:
-            return
+        """Sum of squares over examples."""
         for part in record.chunks():
             self._add("squares", part.example_gradients().square().sum(0))
         self._count("examples", len(record))
 
     def finish(self, second: bool, common: Common | None = None) -> None:
         """Mean of the squares."""
-        if second:
-            return
         self.fitted = {"eigenvalues": self.sums["squares"] / self.sums["examples"]}
         self.sums = {}
 
@@ -205,10 +248,10 @@ class DiagonalBlock(Block):
 BLOCKS: dict[str, type[Block]] = {block.kind: block for block in (KroneckerBlock, DenseBlock, DiagonalBlock)}
 
 
-def block_for(record: LayerRecord) -> Block:
+def block_for(record: LayerRecord, max_width: int | None = None, subsample: Subsample | None = None) -> Block:
     """The most exact block that the structure and size of a component's records allow."""
     if isinstance(record, FactoredRecord):
-        return KroneckerBlock()
+        return KroneckerBlock(max_width, subsample)
     if isinstance(record, DenseRecord) and record.example_numel <= DENSE_LIMIT:
         return DenseBlock()
     return DiagonalBlock()
@@ -218,8 +261,23 @@ def load_block(state: Mapping[str, Tensor]) -> Block:
     """A fitted block from its tensors, keyed ``kind.tensor``."""
     [kind] = {key.split(".")[0] for key in state}
     block = BLOCKS[kind]()
-    block.fitted = {key.split(".")[1]: value for key, value in state.items()}
+    block.fitted = {key.split(".", 1)[1]: value for key, value in state.items()}
     return block
+
+
+def piece_sizes(width: int, max_width: int | None) -> list[int]:
+    """Widths of the fewest, about equally wide diagonal blocks that are no wider than allowed.
+
+    >>> piece_sizes(10, 4)
+    [4, 3, 3]
+    """
+    count = 1 if max_width is None else -(-width // max_width)
+    return [width // count + (k < width % count) for k in range(count)]
+
+
+def piece_of(key: str) -> int:
+    """Number of a piece in a key ``name.number``; a basis that was stored without pieces is the first of one."""
+    return int(key.rpartition(".")[2]) if "." in key else 0
 
 
 def _add_squares(total: Tensor, gradients: Tensor) -> None:

@@ -30,5 +30,18 @@ def damping_of(eigenvalues: Tensor, damping: float | None, share: float) -> floa
     return share * mean if mean > 0 else 1.0
 
 
+def check_invertible(owner: str, name: str, eigenvalues: Tensor, damping: float) -> None:
+    """Refuse to divide by 0: a singular factor needs a damping that its dtype can hold.
+
+    Raises:
+        ValueError: If an eigenvalue is 0 with the damping added.
+    """
+    if not bool((eigenvalues + damping > 0).all()):
+        raise ValueError(
+            f"`{owner}(damping={damping!r})`: the curvature of {name!r} is singular, and in {eigenvalues.dtype} this "
+            "damping is 0. Expected a damping that is not lost in rounding, such as None for 0.1 x the mean eigenvalue."
+        )
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

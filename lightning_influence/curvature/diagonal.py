@@ -19,7 +19,6 @@ class Diagonal(BlockwiseCurvature):
 
     num_passes: ClassVar[int] = 1
 
-    def update(self, component: Component, record: LayerRecord) -> None:
-        """Add up the squares of the example gradients."""
-        self.blocks.setdefault(component.name, DiagonalBlock())
-        super().update(component, record)
+    def block(self, component: Component, record: LayerRecord) -> DiagonalBlock:
+        """Squares of the example gradients."""
+        return DiagonalBlock()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from lightning_influence.curvature.blockwise import BlockwiseCurvature
+from lightning_influence.curvature.kronecker import KroneckerCurvature
 
 
-class EKFAC(BlockwiseCurvature):
+class EKFAC(KroneckerCurvature):
     """Two passes: covariances for the basis, then the mean squares of the rotated example gradients.
 
     Never farther from E[g g^T] in Frobenius norm than K-FAC, since Lambda is the best diagonal in the basis.
-    Arguments are those of `BlockwiseCurvature`.
+    Arguments are those of `KroneckerCurvature`, which says how each kind of layer is covered.
     """
 
     num_passes: ClassVar[int] = 2

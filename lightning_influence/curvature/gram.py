@@ -63,8 +63,11 @@ class ProjectedGram(BlockwiseCurvature):
 
     def update(self, component: Component, record: LayerRecord) -> None:
         """Project the example gradients from their factors and add up their outer products."""
-        self.blocks.setdefault(component.name, DenseBlock())
         super().update(component, DenseRecord(record.ids, self.projection.project(component, record)))
+
+    def block(self, component: Component, record: LayerRecord) -> DenseBlock:
+        """F of the projected gradients."""
+        return DenseBlock()
 
     @full_precision()
     def solve(self, component: Component, gradients: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing_extensions import Self
 
 from lightning_influence.capture import Component, ExampleLoader, ExampleLoss, LayerRecord
 from lightning_influence.capture.component import Select
+from lightning_influence.capture.finite import NanPolicy, check_nan_policy, omit_nonfinite
 from lightning_influence.curvature.base import Curvature, Fisher, check_fisher, loss_for
 from lightning_influence.curvature.damping import check_damping, damping_of
 from lightning_influence.curvature.products import PRODUCTS, CurvatureProduct, ProductKind
@@ -166,10 +167,17 @@ class IterativeCurvature(Curvature):
         *,
         batch_size: int | None = None,
         progress: bool = True,
+        nan_policy: NanPolicy = "raise",
+        memory_budget: int = 0,
     ) -> Self:
-        """One pass over the data for the scale of the damping, then `bind`; arguments as in `Curvature.fit`."""
+        """One pass over the data for the scale of the damping, then `bind`; arguments as in `Curvature.fit`.
+
+        There is no second pass that could use a memory budget.
+        """
+        check_nan_policy(f"{type(self).__name__}.fit", nan_policy)
         loader = ExampleLoader(data, batch_size)
         loss = loss_for(model, loader, loss)
+        loader = omit_nonfinite(model, loader, loss) if nan_policy == "omit" else loader
         super().fit(model, loader, loss, components, progress=progress)
         return self.bind(model, loader, loss, progress=progress)
 

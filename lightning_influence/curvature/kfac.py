@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from lightning_influence.curvature.blockwise import BlockwiseCurvature
+from lightning_influence.curvature.kronecker import KroneckerCurvature
 
 
-class KFAC(BlockwiseCurvature):
+class KFAC(KroneckerCurvature):
     """Layer by layer ``S ⊗ A`` times the mean number of positions of an example; one pass over the data.
 
-    Arguments are those of `BlockwiseCurvature`.
+    Arguments are those of `KroneckerCurvature`, which says how each kind of layer is covered.
     """
 
     num_passes: ClassVar[int] = 1

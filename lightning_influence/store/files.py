@@ -7,12 +7,15 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_influence.errors import StoreError
+
+StoredDtype: TypeAlias = Literal["bfloat16"]
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -57,6 +60,43 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write one safetensors file; every tensor gets memory of its own, which the format asks for."""
     own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     replace_file(path, lambda partial: save_file(own, partial))
+
+
+def narrowed(
+    tensors: Mapping[str, Tensor], dtype: StoredDtype | None, what: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Floating-point tensors in a dtype to store them in, and what a manifest says of that.
+
+    Returns:
+        The tensors, and for the dtype of those that changed, ``{"float32": "bfloat16"}``; other dtypes stay.
+
+    Raises:
+        ValueError: If the dtype is not ``"bfloat16"``, or the tensors have several, so that there is no way back.
+    """
+    if dtype is None:
+        return dict(tensors), {}
+    if dtype != "bfloat16":
+        raise ValueError(f"`{what[:-1]}, dtype={dtype!r})`: expected 'bfloat16', or None to keep all digits.")
+    wide = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.is_floating_point()}
+    if len(wide) > 1:
+        raise ValueError(f"`{what[:-1]}, dtype={dtype!r})`: there are tensors of {sorted(wide)}; expected one dtype.")
+    found = {k: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor for k, tensor in tensors.items()}
+    return found, dict.fromkeys(wide, dtype)
+
+
+def widened(tensors: Mapping[str, Tensor], dtypes: Mapping[str, str] | None, what: str) -> dict[str, Tensor]:
+    """Undo `narrowed`, except for the digits.
+
+    Raises:
+        StoreError: If the tensors do not have the dtype that the manifest says.
+    """
+    if not dtypes:
+        return dict(tensors)
+    [(wide, narrow)] = dtypes.items()
+    found = {str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()} - {narrow}
+    if found:
+        raise StoreError(f"{what}: the manifest says {narrow}, the files hold {sorted(found)}. Record again.")
+    return {k: t.to(getattr(torch, wide)) if t.is_floating_point() else t for k, t in tensors.items()}
 
 
 def shards(tensors: Mapping[str, Tensor], max_bytes: int) -> Iterator[dict[str, Tensor]]:

@@ -14,6 +14,7 @@ from lightning_influence.curvature import CURVATURES, Curvature
 from lightning_influence.errors import NotFittedError, StoreError
 from lightning_influence.store import files, manifest
 from lightning_influence.store.directory import GROUPS, MANIFEST, Directory
+from lightning_influence.store.files import StoredDtype
 from lightning_influence.store.fingerprint import model_fingerprint
 from lightning_influence.store.ids import Id, plain_ids
 from lightning_influence.store.rows import Rows, RowTable, RowWriter
@@ -152,7 +153,13 @@ class Store:
         self._refuse([*found, *manifest.setting_differences(self.settings, asked)])
 
     def write_curvature(
-        self, name: str, curvature: Curvature, *, max_shard_bytes: int = MAX_SHARD_BYTES, **meta: Any
+        self,
+        name: str,
+        curvature: Curvature,
+        *,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        dtype: StoredDtype | None = None,
+        **meta: Any,
     ) -> None:
         """Keep a fitted curvature.
 
@@ -160,22 +167,26 @@ class Store:
             name: Under which `read_curvature` finds it; an earlier one of that name is replaced.
             curvature: Fitted, on components of this store, of a class in ``CURVATURES``.
             max_shard_bytes: Size of one file; a larger tensor gets a file of its own.
+            dtype: ``"bfloat16"`` takes half the room of float32, for 3 digits of every number; `read_curvature` gives
+                back the dtype that was fitted. None keeps all digits.
             **meta: Anything worth knowing, as plain JSON: number of examples, dataset, ...
 
         Raises:
             NotFittedError: If it has not seen its data.
             StoreError: If its components are not those of the store.
-            ValueError: If its class is not in ``CURVATURES``.
+            ValueError: If its class is not in ``CURVATURES``, or the dtype is none to store in.
         """
         kind = self._readable_kind(name, curvature)
         fitted = [component.name for component in curvature.components]
         stored = [component for component in self.components if component.name in fitted]
         self._refuse(manifest.component_differences(stored, curvature.components))
-        entry = {"class": kind, "settings": curvature.settings(), "components": fitted, "meta": meta}
+        state, dtypes = files.narrowed(curvature.state(), dtype, f"write_curvature({name!r})")
+        made = {"class": kind, "settings": curvature.settings(), "dtype": dtypes, "omitted": curvature.omitted}
+        entry = {**made, "components": fitted, "meta": meta}
         entry = files.as_json(entry, f"write_curvature({name!r})")
         self._directory.make_room("curvature", name)
         paths = []
-        for index, piece in enumerate(files.shards(curvature.state(), max_shard_bytes)):
+        for index, piece in enumerate(files.shards(state, max_shard_bytes)):
             paths.append(f"factors/{name}/{index:05}.safetensors")
             files.write_tensors(self.path / paths[-1], piece)
         self._directory.commit("curvature", name, entry, paths)
@@ -207,7 +218,8 @@ class Store:
         state: dict[str, Tensor] = {}
         for path in entry["files"]:
             state |= load_file(self._directory.checked(path), device=device)
-        curvature.load_state(stored, state)
+        curvature.load_state(stored, files.widened(state, entry.get("dtype"), f"{self}: curvature {name!r}"))
+        curvature.omitted = tuple(entry.get("omitted", ()))
         return curvature
 
     def write_scores(

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_influence.curvature.damping import check_damping, damping_of
+from lightning_influence.curvature import EKFAC
+from lightning_influence.curvature.damping import check_damping, check_invertible, damping_of
 
 
 def test_absolute_damping_wins() -> None:
@@ -35,3 +36,27 @@ def test_bad_damping(damping: object) -> None:
 def test_bad_share(share: object) -> None:
     with pytest.raises(ValueError, match=r"`EKFAC\(damping_share=.*\)`: expected a finite number > 0, for example 0.1"):
         check_damping("EKFAC", None, share)
+
+
+def test_a_damping_that_is_lost_in_rounding_is_refused() -> None:
+    """1e-60 is a float of Python, and 0 in float32."""
+    singular = torch.tensor([0.0, 2.0])
+    with pytest.raises(
+        ValueError, match=r"`KFAC\(damping=1e-60\)`: the curvature of 'a' is singular, and in torch.float"
+    ):
+        check_invertible("KFAC", "a", singular, 1e-60)
+    check_invertible("KFAC", "a", singular.double(), 1e-60)
+    check_invertible("KFAC", "a", singular + 1, 1e-60)
+
+
+def test_it_is_refused_before_anything_is_solved() -> None:
+    """Gradients of logits add up to 0, so that the last layer's factor is singular."""
+    model = torch.nn.Linear(3, 3)
+    data = [(torch.eye(3)[k % 3], torch.tensor(k // 3)) for k in range(9)]
+    with torch.no_grad():
+        model.weight.zero_()
+        model.bias.zero_()
+    curvature = EKFAC(damping=1e-60, fisher="empirical")
+    with pytest.raises(ValueError, match=r"`EKFAC\(damping=1e-60\)`: .* Expected a damping that is not lost"):
+        curvature.fit(model, data)
+    assert not curvature.fitted

@@ -61,6 +61,7 @@ CASES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:EKFAC. too few positions")
 @pytest.mark.parametrize("fisher", ["sampled", "empirical"])
 @pytest.mark.parametrize("name", CASES)
 def test_solving_is_the_formula(name: str, fisher: Any) -> None:
@@ -75,6 +76,7 @@ def test_solving_is_the_formula(name: str, fisher: Any) -> None:
         torch.testing.assert_close(curvature.solve(component, gradients), expected, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.filterwarnings("ignore:EKFAC. too few positions")
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("damping", [None, 0.05])
 def test_scores_are_the_closed_form(name: str, damping: float | None) -> None:
@@ -90,6 +92,7 @@ def test_scores_are_the_closed_form(name: str, damping: float | None) -> None:
         torch.testing.assert_close(values, left @ inverse @ right.T, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.filterwarnings("ignore:EKFAC. too few positions")
 def test_exact_for_a_single_example() -> None:
     """One example with one position: S ⊗ A is its gradient's outer product."""
     model, data = mlp(), points(1)

@@ -78,3 +78,16 @@ def test_a_changed_file_is_named(tmp_path):
     path.unlink()
     with pytest.raises(StoreError, match=r"a.json is missing. Restore the file, or record again"):
         files.check_file(path, expected)
+
+
+def test_one_dtype_can_be_narrowed_and_counts_are_left_alone():
+    tensors = {"a": torch.tensor([1.0, 1 / 3]), "n": torch.tensor([70_001])}
+    found, dtypes = files.narrowed(tensors, "bfloat16", "write(x)")
+    assert dtypes == {"float32": "bfloat16"}
+    assert found["a"].dtype == torch.bfloat16
+    back = files.widened(found, dtypes, "x")
+    assert torch.equal(back["n"], tensors["n"])
+    torch.testing.assert_close(back["a"], tensors["a"], rtol=2.0**-8, atol=0)
+    assert files.widened(tensors, None, "x").keys() == tensors.keys()
+    with pytest.raises(ValueError, match=r"there are tensors of \['float32', 'float64'\]; expected one dtype"):
+        files.narrowed({**tensors, "b": torch.zeros(1).double()}, "bfloat16", "write(x)")

@@ -265,3 +265,46 @@ def test_a_process_that_was_killed_is_taken_up_by_another(store, model):
     writer.write(writer.missing_ids, {"0": torch.arange(4.0, 8.0)[:, None].expand(4, 3)})
     pairs = [{p.relative_to(s.path): p.read_bytes() for p in s.path.rglob("*.*")} for s in (store, whole)]
     assert pairs[0] == pairs[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_factors_in_half_the_room(store, model, data, dtype):
+    """bfloat16 has 8 bits: every number within 2^-9, a solution within some of these."""
+    rows = [(x.to(dtype), y) for x, y in data]
+    curvature = EKFAC().fit(model.to(dtype), rows)
+    half = Store.create(store.path / "half", model, find_components(model))
+    half.write_curvature("c", curvature, dtype="bfloat16")
+    half.write_curvature("whole", curvature)
+    entries = half.manifest["curvature"]
+    assert entries["c"]["dtype"] == {str(dtype).removeprefix("torch."): "bfloat16"}
+    assert entries["whole"]["dtype"] == {}
+    sizes = {n: sum(half.manifest["files"][path]["bytes"] for path in entries[n]["files"]) for n in entries}
+    assert sizes["c"] < sizes["whole"]
+    found = Store.open(half.path).read_curvature("c")
+    assert all(tensor.dtype == dtype for tensor in found.state().values())
+    for component in curvature.components:
+        gradients = torch.randn(5, *component.shape, dtype=dtype)
+        expected = curvature.solve(component, gradients)
+        assert (found.solve(component, gradients) - expected).norm() < 0.03 * expected.norm()
+
+
+def test_a_dtype_that_is_not_what_the_manifest_says_is_refused(store, model, data):
+    store.write_curvature("c", EKFAC().fit(model, data))
+    path = store.path / "manifest.json"
+    path.write_text(path.read_text().replace('"dtype": {}', '"dtype": {"float32": "bfloat16"}'))
+    with pytest.raises(StoreError, match=r"the manifest says bfloat16, the files hold \['float32'\]. Record again"):
+        store.read_curvature("c")
+
+
+def test_a_dtype_to_store_in_is_checked(store, model, data):
+    curvature = EKFAC().fit(model, data)
+    with pytest.raises(ValueError, match=r"dtype='float16'\)`: expected 'bfloat16', or None to keep all digits"):
+        store.write_curvature("c", curvature, dtype="float16")
+
+
+def test_examples_that_were_left_out_are_told(store, model, data):
+    curvature = EKFAC().fit(model, data)
+    curvature.omitted = (3, 5)
+    store.write_curvature("c", curvature)
+    assert store.manifest["curvature"]["c"]["omitted"] == [3, 5]
+    assert store.read_curvature("c").omitted == (3, 5)

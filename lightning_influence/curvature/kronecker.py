@@ -1,0 +1,82 @@
+"""What K-FAC and EK-FAC share: factors of inputs and gradients, from all of the data or a part, whole or in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_influence.capture import Component, LayerRecord
+from lightning_influence.curvature.base import Fisher
+from lightning_influence.curvature.blocks import Block, block_for
+from lightning_influence.curvature.blockwise import BlockwiseCurvature
+from lightning_influence.curvature.subsample import Subsample, Unit, check_subsample
+
+
+class KroneckerCurvature(BlockwiseCurvature):
+    """Blocks with Kronecker factors A of a layer's inputs and S of the gradients at its outputs.
+
+    How a component is covered:
+
+    - linear layers and convolutions (patches are the positions): Kronecker factors;
+    - normalisation, grouped convolutions and all else without that structure: the exact block E[g g^T] up to 1024
+      parameters, its diagonal beyond;
+    - embeddings (one row for each token) and tied weights: the diagonal.
+
+    Args:
+        damping: Absolute damping; None takes a share of each component's mean eigenvalue.
+        damping_share: That share; 0.1 as in Grosse et al. 2023.
+        fisher: ``"sampled"`` labels from the model, or ``"empirical"``.
+        seed: Of the sampled labels, and of what ``covariance_share`` draws.
+        covariance_share: Chance of each example or token to be in A and S, which only have to be known well enough for
+            a basis; EK-FAC's Lambda, and components without factors, are always of all of the data. What is drawn
+            depends on ids and seed alone. With ``covariance_of="examples"`` EK-FAC's first pass is that much shorter.
+        covariance_of: ``"examples"`` or ``"tokens"`` (positions of a layer's inputs).
+        max_width: Factors that are wider are kept as the fewest diagonal blocks, about equally wide, that are not: for
+            k blocks 1/k of the memory, 1/k^2 of the eigendecomposition. None keeps factors whole.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        damping: float | None = None,
+        damping_share: float = 0.1,
+        fisher: Fisher = "sampled",
+        seed: int = 0,
+        *,
+        covariance_share: float = 1.0,
+        covariance_of: Unit = "examples",
+        max_width: int | None = None,
+    ) -> None:
+        super().__init__(damping, damping_share, fisher, seed)
+        owner = type(self).__name__
+        check_subsample(owner, covariance_share, covariance_of)
+        if max_width is not None and (type(max_width) is not int or max_width < 1):
+            raise ValueError(f"`{owner}(max_width={max_width!r})`: expected an int >= 1, or None for whole factors.")
+        self.covariance_share, self.covariance_of = covariance_share, covariance_of
+        self.max_width = max_width
+
+    def block(self, component: Component, record: LayerRecord) -> Block:
+        """The most exact that the structure of a component allows."""
+        return block_for(record, self.max_width, self._subsample())
+
+    def needed(self, ids: Sequence[int]) -> list[int]:
+        """In a pass that is only for the basis, the examples that were drawn."""
+        subsample = self._subsample()
+        last = self._pass + 1 >= self.num_passes
+        return list(ids) if subsample is None or last else subsample.examples(ids)
+
+    def settings(self) -> dict[str, Any]:
+        """Constructor arguments."""
+        return {
+            **super().settings(),
+            "covariance_share": self.covariance_share,
+            "covariance_of": self.covariance_of,
+            "max_width": self.max_width,
+        }
+
+    def _subsample(self) -> Subsample | None:
+        if self.covariance_share == 1:
+            return None
+        return Subsample(self.covariance_share, self.covariance_of, self.seed)

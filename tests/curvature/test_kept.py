@@ -1,0 +1,75 @@
+"""The second pass from the records of the first."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_influence.curvature import EKFAC, KFAC
+from lightning_influence.curvature.kept import KeptRecords
+from lightning_influence.curvature.subsample import Subsample
+from tests.curvature.models import Mixed, Tokens, normal, ready, texts, token_rows
+from tests.curvature.test_blocks import factored
+
+
+class Counting:
+    """The rows of a dataset, with every visit counted."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self.rows, self.visits = rows, [0] * len(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, k: int) -> Any:
+        self.visits[k] += 1
+        return self.rows[k]
+
+
+@pytest.mark.parametrize(("model", "rows"), [(Mixed, token_rows()), (Tokens, texts())])
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_the_result_is_the_same(model: type[nn.Module], rows: list[Any], share: float) -> None:
+    """To the last bit with everything kept: the very same numbers are added up in the same order."""
+    data, found, visits = Counting(rows), [], []
+    for budget in (0, 12_000, 1 << 30):
+        data.visits = [0] * len(rows)
+        found.append(EKFAC(covariance_share=share).fit(ready(model()), data, batch_size=3, memory_budget=budget))
+        visits.append(sum(data.visits) - 3)  # the first batch is looked at for the loss
+    drawn = len(Subsample(share, "examples", 0).examples(range(len(rows))))
+    assert visits[0] == drawn + len(rows)
+    assert visits[0] > visits[1] >= visits[2] == len(rows)
+    for component in found[0].components:
+        gradients = normal(2, *component.shape)
+        plain, some, every = (curvature.solve(component, gradients) for curvature in found)
+        torch.testing.assert_close(some, plain, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(every, plain, rtol=1e-9, atol=1e-12)
+        assert torch.equal(every, plain) or share < 1
+
+
+def test_one_pass_keeps_nothing() -> None:
+    one, other = (KFAC().fit(ready(Mixed()), token_rows(), memory_budget=b).state() for b in (0, 1 << 30))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_batch_is_kept_whole_or_not_at_all() -> None:
+    records = [factored(2, 3, 4, 5, seed=k) for k in range(3)]
+    size = 8 * 2 * 3 * (4 + 5) + 16  # and two ids
+    for budget, left, count in ((3 * size, 0, 1), (3 * size - 1, 3 * size - 1, 0), (7 * size, size, 2)):
+        kept = KeptRecords(budget)
+        for _ in range(3):
+            assert [*kept.keeping(iter(records))] == records
+        assert kept.left == left
+        assert len(kept.batches) == count
+        assert kept.ids == ({0, 1} if count else set())
+
+
+def test_shared_inputs_are_counted_once() -> None:
+    one = factored(2, 3, 4, 5)
+    two = replace(factored(2, 3, 4, 5, seed=9), inputs=one.inputs)
+    kept = KeptRecords(1000)
+    assert len([*kept.keeping([one, two])]) == 2
+    assert kept.left == 1000 - 8 * 2 * 3 * (4 + 5 + 5) - 2 * 16
