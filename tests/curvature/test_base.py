@@ -54,7 +54,7 @@ def test_the_list_holds_every_member() -> None:
         classes = [child for parent in classes for child in parent.__subclasses__()]
         found |= {c for c in classes if not c.__abstractmethods__ and c.__module__.startswith("lightning_influence.")}
     # What cannot be stored has its laws in test_iterative.py.
-    assert {c for c in found if c.__name__ != "BlockwiseCurvature"} == {*CURVATURES.values(), CG, LiSSA}
+    assert {c for c in found if c.__name__ != "KroneckerCurvature"} == {*CURVATURES.values(), CG, LiSSA}
     assert all(CURVATURES[name].__name__ == name for name in CURVATURES)
 
 
@@ -310,7 +310,8 @@ def test_labels_of_a_classifier_are_not_looked_at_when_sampled() -> None:
 
 
 def test_repr_builds_a_twin() -> None:
-    text = "EKFAC(damping=None, damping_share=0.1, fisher='sampled', seed=0)"
+    text = "EKFAC(damping=None, damping_share=0.1, fisher='sampled', seed=0, covariance_share=1.0, "
+    text += "covariance_of='examples', max_width=None)"
     assert repr(EKFAC()) == text
     assert re.fullmatch(r"Identity\(\)", repr(CURVATURES["Identity"]()))
 
