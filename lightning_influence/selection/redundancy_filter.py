@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from lightning_influence.estimators.factors import Factors, Id
 from lightning_influence.selection.base import SelectionRule
 from lightning_influence.selection.row_data import checked_embeddings, unit_rows
+
+BLOCK = 512  # rows that are compared with the picks at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,16 +52,27 @@ class RedundancyFilter(SelectionRule):
     def _pick(self, pool: Factors, budget: int) -> Sequence[int]:
         by_id = pool.id_ranks.cpu().argsort()
         vectors = unit_rows(f"{self!r}.select", pool, self.embeddings, self.ids)
-        taken, picks = vectors.new_empty(budget, vectors.shape[1]), list[int]()
-        for row in pool.values.cpu()[by_id].argsort(descending=True, stable=True).tolist():
-            nearest = (taken[: len(picks)] * vectors[row]).sum(1).clamp_max(1)
-            if not len(picks) or float(nearest.max()) <= self.threshold:
-                taken[len(picks)] = vectors[row]
-                picks.append(row)
-                if len(picks) == budget:
-                    found: list[int] = by_id[picks].tolist()
-                    return found
+        picks: list[int] = []
+        for rows in pool.values.cpu()[by_id].argsort(descending=True, stable=True).split(BLOCK):  # type: ignore[no-untyped-call]
+            picks += self._kept(vectors, rows, picks)
+            if len(picks) >= budget:
+                found: list[int] = by_id[picks[:budget]].tolist()
+                return found
         raise ValueError(
             f"`{self!r}.select(budget={budget})`: only {len(picks)} of {len(pool)} rows have no cosine above "
             f"{self.threshold} with a better one. Expected a budget of at most {len(picks)}, or a higher threshold."
         )
+
+    def _kept(self, vectors: Tensor, rows: Tensor, picks: list[int]) -> list[int]:
+        """Those of the next rows that are like no pick, and like none of them that is kept before."""
+        block = vectors[rows]
+        near = self._alike(block @ vectors[picks].mT).any(1).tolist() if picks else [False] * len(rows)
+        alike = self._alike(block @ block.mT)
+        kept: list[int] = []
+        for k in range(len(rows)):
+            if not near[k] and not bool(alike[k, kept].any()):
+                kept.append(k)
+        return [int(rows[k]) for k in kept]
+
+    def _alike(self, cosines: Tensor) -> Tensor:
+        return cosines.clamp_max(1) > self.threshold

@@ -62,8 +62,8 @@ class RoundRobin(SelectionRule):
     def _pick(self, pool: Factors, budget: int) -> Sequence[int]:
         by_id = pool.id_ranks.cpu().argsort()
         columns = places(f"{self!r}.select", [pool.ids[row] for row in by_id.tolist()], self._names)
-        orders = self._table[:, columns].argsort(dim=1, descending=True, stable=True).tolist()
-        queues = [iter(order) for order in orders]
+        orders = self._table[:, columns].argsort(dim=1, descending=True, stable=True)
+        queues = [iter(order) for order in orders[:, :budget].tolist()]  # all that one of them can come to
         taken = [False] * len(pool)
         picks: list[int] = []
         for turn in range(budget):

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_influence.callbacks.less_recorder import LESSRecorder
+from lightning_influence.callbacks.records import find_records
 from lightning_influence.capture import find_components
 from lightning_influence.estimators.adam_dot import AdamDot, load_moments
 from lightning_influence.estimators.less import less_scores
@@ -141,6 +142,19 @@ def test_a_resumed_run_is_an_uninterrupted_one(stop: Interrupted, tmp_path: Any)
         assert left.read_json("mean_learning_rate")["steps"] == 2
         assert left.read_json("mean_learning_rate") == right.read_json("mean_learning_rate")
         torch.testing.assert_close(Scores.load(left).values, Scores.load(right).values)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_two_ranks_record_every_example_once(tmp_path: Any) -> None:
+    seed_everything(0, verbose=False)
+    less = recorder(dirpath=str(tmp_path / "less"), batch_size=2)
+    settings = {"devices": 2, "strategy": "ddp_fork", "max_epochs": 1, "limit_val_batches": 0}
+    trainer(tmp_path, [less, every_step(tmp_path, 2)], **settings).fit(Adam(), loader(16))
+    [record] = find_records(tmp_path / "less" / "less")
+    found = Scores.load(Store.open(record.path))
+    assert found.train_ids == tuple(range(11))
+    torch.testing.assert_close(found.values, reference(record.checkpoint, QUERIES, POOL, "less"), rtol=1e-3, atol=1e-4)
+    assert Store.open(record.path).read_json("mean_learning_rate")["mean"] == pytest.approx(0.015)
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")

@@ -4,10 +4,10 @@ import re
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lightning_influence.selection import RedundancyFilter
+from lightning_influence.selection import RedundancyFilter, redundancy_filter
 
 
 def reference(quality: list[float], vectors: torch.Tensor, ids: list[int], threshold: float) -> list[int]:
@@ -24,9 +24,10 @@ def reference(quality: list[float], vectors: torch.Tensor, ids: list[int], thres
     return [ids[k] for k in kept]
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(n=st.integers(1, 12), seed=st.integers(0, 10**6), threshold=st.sampled_from([-0.5, 0.0, 0.7, 0.95]))
-def test_the_reference(n: int, seed: int, threshold: float) -> None:
+def test_the_reference(n: int, seed: int, threshold: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redundancy_filter, "BLOCK", 4)  # several blocks
     generator = torch.Generator().manual_seed(seed)
     vectors = torch.randn(n, 3, generator=generator, dtype=torch.float64)
     vectors[torch.rand(n, generator=generator) < 0.2] = 0

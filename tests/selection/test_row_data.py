@@ -5,8 +5,13 @@ import re
 import pytest
 import torch
 
+from lightning_influence.curvature import Identity
+from lightning_influence.estimators import LossScore, RepresentationSimilarity
 from lightning_influence.estimators.factors import Factors
+from lightning_influence.selection import BalancedRandom, FacilityLocation, RedundancyFilter, RoundRobin
+from lightning_influence.selection.pipeline import select_training_data
 from lightning_influence.selection.row_data import checked_embeddings, places, unit_rows
+from tests.curvature.models import Tokens, ready, texts
 
 
 def test_rows_are_found_by_id() -> None:
@@ -44,3 +49,22 @@ def test_embeddings_are_checked() -> None:
         checked_embeddings("rule", torch.zeros(2, 1), ["a", "a"])
     with pytest.raises(ValueError, match="expected embeddings to go with the ids"):
         checked_embeddings("rule", None, ["a"])
+
+
+@pytest.mark.filterwarnings("ignore:select_training_data")
+def test_every_baseline_takes_the_place_of_a_rule() -> None:
+    """On the same pool, targets and budget, also where rows of the pool are left out."""
+    pool, targets = texts(8), texts(3, seed=5)
+    pool[2] = {**pool[2], "labels": torch.full_like(pool[2]["labels"], -100)}
+    model, options = ready(Tokens()), {"budget": 3, "curvature": Identity(), "progress": False}
+    vectors = RepresentationSimilarity(model, "up").represent(pool)
+    scores = LossScore(model).score(targets, pool)
+    baselines = [BalancedRandom(["a", "b"] * 4), RoundRobin(scores), RedundancyFilter(0.999, vectors)]
+    for rule in (*baselines, FacilityLocation(vectors), FacilityLocation(), RedundancyFilter(1)):
+        selection = select_training_data(model, pool, targets, rule=rule, **options)
+        assert selection.rule == repr(rule)
+        assert len(set(selection.ids)) == 3
+        assert 2 not in selection.ids
+        assert selection.positions == selection.ids
+    by_loss = select_training_data(model, pool, targets, rule=RoundRobin(scores), **options).ids
+    assert by_loss == tuple(k for k, _ in scores.top(8) if k != 2)[:3]
