@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -79,6 +79,33 @@ class Curvature(ABC):
         """`solve` for all components, by name. Curvatures that couple components override it."""
         self._check_fitted()
         return {c.name: self.solve(c, gradients[c.name]) for c in self.components}
+
+    def whitened_size(self, component: Component) -> int:
+        """Numbers r_c that `whiten` gives for each example.
+
+        Raises:
+            ValueError: If the curvature is known by its products or solutions alone.
+        """
+        raise ValueError(
+            f"`{type(self).__name__}.whiten`: a curvature that is known by its products alone has no square root. "
+            "Expected EKFAC(), KFAC(), Diagonal(), ProjectedGram(), Exact() or Identity()."
+        )
+
+    def whiten(self, component: Component, record: LayerRecord) -> Tensor:
+        """``(G + damping I)^{-1/2} g`` for the block of one component, in an orthonormal basis of its own: [n, r_c].
+
+        So that ``<whiten(g), whiten(g')> = <g, solve(g')>``.
+
+        Raises:
+            ValueError: As `whitened_size`.
+            NotFittedError: Before the last pass is finished.
+        """
+        self.whitened_size(component)  # says why there is none
+        raise NotImplementedError
+
+    def whitened(self, records: Iterable[tuple[Component, LayerRecord]]) -> Tensor:
+        """`whiten` for all components of a batch, side by side: [n, r]. Curvatures that couple them override it."""
+        return torch.cat([self.whiten(component, record) for component, record in records], dim=1)
 
     def partial(self) -> dict[str, Tensor]:
         """The sums of the current pass, to be added up over parts of the data (ranks) in place.

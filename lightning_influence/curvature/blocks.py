@@ -61,6 +61,10 @@ class Block(ABC):
     def solve(self, gradients: Tensor, damping: float) -> Tensor:
         """``(block + damping I)^{-1} V``, [q, *shape] -> [q, *shape]."""
 
+    @abstractmethod
+    def whiten(self, record: LayerRecord, damping: float) -> Tensor:
+        """``(block + damping I)^{-1/2} g`` in the block's own basis, [n, P]."""
+
     def _add(self, name: str, value: Tensor) -> None:
         if name in self.sums:
             self.sums[name].add_(value)
@@ -163,6 +167,17 @@ class KroneckerBlock(Block):
             self.bases[side] = tuple(self.fitted[name] for name in names)
         return self.bases[side]
 
+    def whiten(self, record: LayerRecord, damping: float) -> Tensor:
+        """[n, o i]; the factors are rotated when that is the smaller job."""
+        left, right = self.fitted["gradient_basis"], self.fitted["input_basis"]
+        o, i = len(left), len(right)
+        if isinstance(record, FactoredRecord) and record.sizes[1] * (o * o + i * i) <= o * i * (o + i):
+            outputs, inputs = record.gradients.to(left.dtype) @ left, record.inputs.to(right.dtype) @ right
+            rotated = torch.bmm(outputs.mT, inputs)
+        else:
+            rotated = left.mT @ record.example_gradients().to(left.dtype) @ right
+        return (rotated / (self.eigenvalues() + damping).sqrt()).flatten(1)
+
     def _squares(self, record: FactoredRecord, common: Common) -> None:
         """Sum over examples of (Q_S^T g Q_A)^2; the factors are rotated when that is the smaller job."""
         n, t, i, o = record.sizes
@@ -219,6 +234,12 @@ class DenseBlock(Block):
         rotated = gradients.flatten(1).to(basis.dtype) @ basis
         return ((rotated / (self.eigenvalues() + damping)) @ basis.mT).reshape(gradients.shape)
 
+    def whiten(self, record: LayerRecord, damping: float) -> Tensor:
+        """[n, P]."""
+        basis = self.fitted["basis"]
+        rotated = record.example_gradients().flatten(1).to(basis.dtype) @ basis
+        return rotated / (self.eigenvalues() + damping).sqrt()
+
 
 class DiagonalBlock(Block):
     """The diagonal of E[g g^T], for large parameters without Kronecker structure (embeddings, tied weights)."""
@@ -243,6 +264,10 @@ class DiagonalBlock(Block):
     def solve(self, gradients: Tensor, damping: float) -> Tensor:
         """[q, *shape] -> [q, *shape]."""
         return gradients / (self.eigenvalues() + damping)
+
+    def whiten(self, record: LayerRecord, damping: float) -> Tensor:
+        """[n, P]."""
+        return (record.example_gradients() / (self.eigenvalues() + damping).sqrt()).flatten(1)
 
 
 BLOCKS: dict[str, type[Block]] = {block.kind: block for block in (KroneckerBlock, DenseBlock, DiagonalBlock)}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.capture import Component, LayerRecord
+from lightning_influence.capture.contexts import full_precision
 from lightning_influence.curvature.base import Curvature, Fisher, check_fisher
 from lightning_influence.curvature.blocks import Block, load_block
 from lightning_influence.curvature.common import Common
@@ -145,6 +146,17 @@ class BlockwiseCurvature(Curvature):
         self._check_fitted()
         block = self.blocks[component.name]
         return block.solve(gradients, damping_of(block.eigenvalues(), self.damping, self.damping_share))
+
+    def whitened_size(self, component: Component) -> int:
+        """As many as the component has parameters."""
+        return component.numel
+
+    @full_precision()
+    def whiten(self, component: Component, record: LayerRecord) -> Tensor:
+        """``(G_c + damping I)^{-1/2} g`` in the eigenbasis of the block, [n, r_c]."""
+        self._check_fitted()
+        block = self.blocks[component.name]
+        return block.whiten(record, damping_of(block.eigenvalues(), self.damping, self.damping_share))
 
     def partial(self) -> dict[str, Tensor]:
         """Sums of the current pass, keyed ``component/sum``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -92,13 +92,28 @@ class Exact(Curvature):
     def solve(self, component: Component, gradients: Tensor) -> Tensor:
         """The same for the component's own diagonal block, as if the others were fixed."""
         self._check_fitted()
-        names = [c.name for c in self.components]
-        start = sum(c.numel for c in self.components[: names.index(component.name)])
-        rows = self.basis[start : start + component.numel]
-        block = rows * self.eigenvalues @ rows.mT
+        block = self._block(component)
         block.diagonal().add_(self._damping())
         solved: Tensor = torch.linalg.solve(block, gradients.flatten(1).mT.double()).mT
         return solved.to(gradients.dtype).reshape(gradients.shape)
+
+    def whitened_size(self, component: Component) -> int:
+        """As many as the component has parameters."""
+        return component.numel
+
+    def whiten(self, component: Component, record: LayerRecord) -> Tensor:
+        """``(G_c + damping I)^{-1/2} g`` for the component's own diagonal block, [n, P_c]."""
+        self._check_fitted()
+        spectrum, basis = torch.linalg.eigh(symmetric(self._block(component)))
+        gradients = record.example_gradients().flatten(1)
+        return (gradients.double() @ basis / (spectrum.clamp_min(0) + self._damping()).sqrt()).to(gradients.dtype)
+
+    def whitened(self, records: Iterable[tuple[Component, LayerRecord]]) -> Tensor:
+        """``(G + damping I)^{-1/2}`` of the whole gradient, [n, P], components together."""
+        self._check_fitted()
+        rows = {component.name: record.example_gradients().flatten(1) for component, record in records}
+        flat = torch.cat([rows[c.name] for c in self.components], dim=1)
+        return (flat.double() @ self.basis / (self.eigenvalues + self._damping()).sqrt()).to(flat.dtype)
 
     def partial(self) -> dict[str, Tensor]:
         """The sum of outer products and the count."""
@@ -130,6 +145,14 @@ class Exact(Curvature):
         # Copies lie where torch puts tensors: with another alignment, as in a file, products round differently.
         self.eigenvalues, self.basis = state["eigenvalues"].clone(), state["basis"].clone()
         super().load_state(components, state)
+
+    def _block(self, component: Component) -> Tensor:
+        """The component's diagonal block of E[g g^T]."""
+        names = [c.name for c in self.components]
+        start = sum(c.numel for c in self.components[: names.index(component.name)])
+        rows = self.basis[start : start + component.numel]
+        block: Tensor = torch.matmul(rows * self.eigenvalues, rows.mT)
+        return block
 
     def _damping(self) -> float:
         return damping_of(self.eigenvalues, self.damping, self.damping_share)

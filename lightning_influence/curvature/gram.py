@@ -77,6 +77,15 @@ class ProjectedGram(BlockwiseCurvature):
         solved = super().solve(component, self.projection.project(component, rows))
         return self._expanded(component, solved).to(gradients.dtype).reshape(gradients.shape)
 
+    def whitened_size(self, component: Component) -> int:
+        """k_out k_in."""
+        return self.projection.size_of(component)
+
+    def whiten(self, component: Component, record: LayerRecord) -> Tensor:
+        """``(F + damping I)^{-1/2} P g``, [n, k_out k_in]; the gradient itself is not formed."""
+        self._check_fitted()
+        return super().whiten(component, DenseRecord(record.ids, self.projection.project(component, record)))
+
     def settings(self) -> dict[str, Any]:
         """Constructor arguments."""
         dimensions = self.projection.dimensions

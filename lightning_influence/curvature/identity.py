@@ -29,6 +29,14 @@ class Identity(Curvature):
         """The gradients themselves."""
         return gradients
 
+    def whitened_size(self, component: Component) -> int:
+        """As many as the component has parameters."""
+        return component.numel
+
+    def whiten(self, component: Component, record: LayerRecord) -> Tensor:
+        """The gradients themselves, [n, P]."""
+        return record.example_gradients().flatten(1)
+
     def precondition(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same, for the components of whatever model."""
         return dict(gradients)

@@ -23,6 +23,7 @@ from lightning_influence.estimators.token_scores import TokenScores
 from lightning_influence.estimators.top_scores import TopScores
 from lightning_influence.estimators.tracin import TracIn
 from lightning_influence.estimators.trak import TRAK
+from lightning_influence.estimators.whitened import kernel_features, score_features
 
 __all__ = [
     "CKA",
@@ -48,8 +49,10 @@ __all__ = [
     "TopScores",
     "TracIn",
     "TwoStage",
+    "kernel_features",
     "less_scores",
     "load_moments",
     "merged",
     "pair_products",
+    "score_features",
 ]

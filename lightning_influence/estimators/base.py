@@ -335,7 +335,7 @@ class Estimator(ABC):
         if not self.normalise:
             return gradients
         squares = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0)
-        scale = _inverse_length(squares)
+        scale = inverse_length(squares)
         return {k: g * scale.reshape(-1, *[1] * (g.dim() - 1)) for k, g in gradients.items()}
 
     def _columns_of(
@@ -361,7 +361,7 @@ class Estimator(ABC):
             if self.normalise:
                 squares.append(record.squared_norms().cpu())
         values = torch.stack(parts) if per_component else parts[0]
-        return values * _inverse_length(torch.stack(squares).sum(0)) if self.normalise else values
+        return values * inverse_length(torch.stack(squares).sum(0)) if self.normalise else values
 
     def _self_columns(self, records: Mapping[str, LayerRecord]) -> Tensor:
         """``<T g_i, g_i>`` of one batch, [c, n]."""
@@ -369,7 +369,7 @@ class Estimator(ABC):
         if not self.normalise:
             return values
         squares = torch.stack([record.squared_norms().cpu() for record in records.values()]).sum(0)
-        return values * _inverse_length(squares).square()
+        return values * inverse_length(squares).square()
 
     def _self_products(self, records: Mapping[str, LayerRecord]) -> Tensor:
         """As `_self_columns`, of gradients as they are; overridden where they need not be formed."""
@@ -389,7 +389,7 @@ class Estimator(ABC):
             yield zip(self.components, records, strict=True)
 
 
-def _inverse_length(squares: Tensor) -> Tensor:
+def inverse_length(squares: Tensor) -> Tensor:
     """1 / length; 0 for an example without any gradient, whose scores are 0 then."""
     return torch.where(
         squares > 0, squares.clamp_min(torch.finfo(squares.dtype).tiny).rsqrt(), torch.zeros_like(squares)

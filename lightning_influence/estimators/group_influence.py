@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.estimators.factors import Factors, Id, check_finite, check_ids, few
+from lightning_influence.estimators.whitened import gram, thinned
 
 Change = Literal["removal", "addition"]
 Picks = TypeVar("Picks")
@@ -136,6 +137,57 @@ class Interactions:
             target_curvature=target_curvature or f"{'empirical' if fisher is table else 'sampled'} Fisher",
             damping=getattr(scores, "damping", None),
             reduction=getattr(scores, "reduction", "sum"),
+        )
+
+    @classmethod
+    def from_features(
+        cls,
+        features: Tensor,
+        targets: Tensor,
+        curvature_targets: Tensor | None = None,
+        ids: Sequence[Id] | None = None,
+        *,
+        damping: str | float | None = None,
+    ) -> Interactions:
+        """Interactions of whitened gradients, at weight 1: what `NewtonGreedy` chooses by.
+
+        With φ = (G + damping)^{-1/2} g and f the mean loss of the targets, b_i = φ_iᵀ mean_t φ_t, F = Φ and
+        M = (1/m) Σ_t φ_t φ_tᵀ, the Fisher of the targets. Rows with more than n + m columns are first brought to as
+        many, with the same inner products.
+
+        Args:
+            features: Φ [n, r] of the pool, from `InfluenceFunction.features` or from scores.
+            targets: Φ_t [m, r] in the same basis.
+            curvature_targets: Features of the targets under labels sampled from the model, [m', r]; None: the
+                targets' own labels (empirical Fisher).
+            ids: Ids of the pool examples; row numbers by default.
+            damping: Of G, for the description.
+
+        Raises:
+            ValueError: If shapes or ids do not fit, a number is NaN or infinite, or no example has a gradient.
+        """
+        call = "Interactions.from_features"
+        fisher = targets if curvature_targets is None else curvature_targets
+        if any(rows.dim() != 2 or rows.shape[1:] != features.shape[1:] or not len(rows) for rows in (targets, fisher)):
+            raise ValueError(
+                f"`{call}(features={list(features.shape)}, targets={list(targets.shape)})`: "
+                "expected [n, r] and [m, r], with m >= 1, in one basis."
+            )
+        names = check_ids(call, ids, len(features))
+        check_finite(call, "features", features.isfinite().all(dim=1), names)
+        for argument, rows in (("targets", targets), ("curvature_targets", fisher)):
+            check_finite(call, argument, rows.isfinite().all(dim=1), range(len(rows)), "target examples")
+        m = len(targets)
+        features, both = thinned(features, targets if curvature_targets is None else torch.cat([targets, fisher]))
+        fisher = (both if curvature_targets is None else both[m:]).double()
+        return cls(
+            gram(features, both[:m].double().mean(dim=0, keepdim=True))[:, 0],
+            features,
+            fisher.T @ fisher / len(fisher),
+            ids=names,
+            weight=1.0,
+            target_curvature=f"{'empirical' if curvature_targets is None else 'sampled'} Fisher",
+            damping=damping,
         )
 
     def __len__(self) -> int:

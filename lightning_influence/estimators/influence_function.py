@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -14,7 +15,7 @@ from lightning_influence.capture import Component
 from lightning_influence.capture.component import Select
 from lightning_influence.curvature import EKFAC, Curvature
 from lightning_influence.errors import NotFittedError
-from lightning_influence.estimators.base import Estimator, Loss, damping_label
+from lightning_influence.estimators.base import Estimator, Labels, Loss, damping_label, inverse_length
 from lightning_influence.store import Store
 
 
@@ -80,11 +81,67 @@ class InfluenceFunction(Estimator):
             self.curvature.fit(self.model, loader, self.loss, self.components, progress=self.progress)
         return self
 
+    def features(self, data: Any, *, supervised: bool = False, labels: Labels = "data", seed: int = 0) -> Tensor:
+        """Whitened gradients ``phi_i = (G + damping I)^{-1/2} g_i``, the inner products of which are influences.
+
+        In an orthonormal basis of the curvature's own; [n, r] with r the number of parameters, or of projected
+        dimensions with `ProjectedGram`. Scaled to unit length before whitening when ``normalise``.
+
+        Args:
+            data: Map-style dataset or DataLoader.
+            supervised: Whether to refuse examples without a target, as `score` does for queries; their features are 0.
+            labels: ``"sampled"`` replaces labels by draws from the model.
+            seed: Of those draws.
+
+        Returns:
+            [n, r] in the order of the data, on the CPU.
+
+        Raises:
+            ValueError: If the curvature has no square root, all features together exceed ``memory_budget``, or as
+                `score`.
+            NotFittedError: If the curvature is not fitted.
+        """
+        loader = self._loader(data)
+        self._check_fitted("features")
+        self._check_room(loader.num_examples)
+        if supervised:
+            self._check_queries(loader)
+        rows = []
+        with self.capture:
+            for records in self._records(loader, "whitened gradients", labels, seed):
+                found = dict(records)
+                rows.append(self.curvature.whitened(found.items()).cpu())
+                if self.normalise:
+                    squares = torch.stack([record.squared_norms().cpu() for record in found.values()]).sum(0)
+                    rows[-1] *= inverse_length(squares)[:, None]
+        return torch.cat(rows)
+
+    def feature_bytes(self, examples: int) -> int:
+        """Memory that `features` of so many examples take.
+
+        Raises:
+            ValueError: If the curvature has no square root.
+        """
+        wide = any(parameter.dtype == torch.float64 for parameter in self.model.parameters())
+        return examples * sum(map(self.curvature.whitened_size, self.components)) * (8 if wide else 4)
+
+    def _check_room(self, examples: int) -> None:
+        size = self.feature_bytes(examples)
+        if size > self.memory_budget:
+            raise ValueError(
+                f"`InfluenceFunction.features`: {examples:,} examples take {size / 1e9:.1f} GB; expected at most "
+                f"memory_budget={self.memory_budget:,} bytes. Take projected gradients with "
+                "InfluenceFunction(model, ProjectedGram((16, 16))), or scores with score_features."
+            )
+
     def transform(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``(G + damping I)^{-1} g_q``."""
+        self._check_fitted("score")
+        return self.curvature.precondition(gradients)
+
+    def _check_fitted(self, method: str) -> None:
         if not self.curvature.fitted:
             raise NotFittedError(
-                f"`InfluenceFunction.score`: {type(self.curvature).__name__} is not fitted. Call fit(train) first, or "
-                "read recorded factors with InfluenceFunction.from_store(model, path)."
+                f"`InfluenceFunction.{method}`: {type(self.curvature).__name__} is not fitted. Call fit(train) first, "
+                "or read recorded factors with InfluenceFunction.from_store(model, path)."
             )
-        return self.curvature.precondition(gradients)

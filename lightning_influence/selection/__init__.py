@@ -24,6 +24,7 @@ from lightning_influence.selection.component_pairs import ComponentPairs
 from lightning_influence.selection.component_path import ComponentPath, ComponentSelection
 from lightning_influence.selection.facility_location import FacilityLocation
 from lightning_influence.selection.interaction_greedy import InteractionGreedy
+from lightning_influence.selection.newton_greedy import NewtonGreedy
 from lightning_influence.selection.random import Random
 from lightning_influence.selection.redundancy_filter import RedundancyFilter
 from lightning_influence.selection.round_robin import RoundRobin
@@ -39,6 +40,7 @@ __all__ = [
     "ComponentSplit",
     "FacilityLocation",
     "InteractionGreedy",
+    "NewtonGreedy",
     "Random",
     "RedundancyFilter",
     "RoundRobin",

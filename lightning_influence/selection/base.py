@@ -44,7 +44,7 @@ class SelectionRule(ABC):
         call = f"{self!r}.select"
         pool = Factors.checked(call, values, features, metric, ids)
         rows = self._pick(pool, resolve_budget(budget, len(pool), call))
-        first_order, interaction = (part.cpu() for part in pool.in_order(rows))
+        first_order, interaction = (part.cpu() for part in self._parts(pool, rows))
         gains = first_order + interaction
         return Selection(
             ids=tuple(pool.ids[row] for row in rows),
@@ -61,3 +61,7 @@ class SelectionRule(ABC):
     @abstractmethod
     def _pick(self, pool: Factors, budget: int) -> Sequence[int]:
         """Row numbers of ``budget`` picks, in pick order; 1 <= budget <= len(pool)."""
+
+    def _parts(self, pool: Factors, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The two parts [k] of each pick's gain, in pick order; a member with an estimate of its own overrides it."""
+        return pool.in_order(rows)

@@ -40,8 +40,9 @@ class Selection:
         ids: Ids [k] of the picks.
         positions: Their row numbers [k] in the pool.
         gains: first_order + interaction [k], float64.
-        first_order: −b_j [k], float64.
-        interaction: ⟨U_S, w_j⟩ + ½ K_jj [k], float64; 0 when no features were given.
+        first_order: −b_j [k], float64; for `NewtonGreedy` the part linear in the step that the pick causes.
+        interaction: ⟨U_S, w_j⟩ + ½ K_jj [k], float64; 0 when no features were given; for `NewtonGreedy` the
+            quadratic part.
         budget: k.
         objective: Sum of the gains: the predicted change of the target loss when all k are added.
         rule: The rule that chose, with its settings.

@@ -120,6 +120,38 @@ def test_gradients_are_solved_one_by_one_and_left_alone(name: str) -> None:
         assert curvature.solve(component, gradients[component.name]).shape == (3, *component.shape)
 
 
+@pytest.mark.parametrize("name", [name for name in MEMBERS if name != "Arnoldi"])  # which has products alone
+@pytest.mark.parametrize("batch_size", [3, 11])
+def test_whitening_is_a_root_of_solving(name: str, batch_size: int) -> None:
+    curvature, model = fitted(name), ready(Mixed())
+    loss = loss_for(model, ExampleLoader(DATA), None)
+    together, apart, gradients = [], [], []
+    with GradientCapture(model) as capture:
+        for ids, batch in ExampleLoader(DATA, batch_size):
+            records = list(capture.record(batch, loss.losses, ids, loss.position_mask(batch), len(ids)))
+            pairs = list(zip(capture.components, records, strict=True))
+            together.append(curvature.whitened(pairs))
+            apart.append([curvature.whiten(*pair) for pair in pairs])
+            gradients.append([record.example_gradients() for record in records])
+        components = capture.components
+    whole = {c.name: torch.cat(rows) for c, rows in zip(components, zip(*gradients, strict=True), strict=True)}
+    for component, rows in zip(components, zip(*apart, strict=True), strict=True):
+        found, mine = torch.cat(rows), whole[component.name]
+        assert found.shape == (len(DATA), curvature.whitened_size(component))
+        torch.testing.assert_close(found @ found.T, curvature.solve(component, mine).flatten(1) @ mine.flatten(1).T)
+    found = torch.cat(together)
+    torch.testing.assert_close(found @ found.T, flat(curvature.precondition(whole)) @ flat(whole).T)
+
+
+@pytest.mark.parametrize("curvature", [CG(), LiSSA(), CURVATURES["Arnoldi"]()], ids=repr)
+def test_what_has_products_alone_cannot_whiten(curvature: Curvature) -> None:
+    [component, *_] = find_components(ready(Mixed()))
+    with pytest.raises(
+        ValueError, match=r"whiten`: a curvature that is known by its products alone has no square root"
+    ):
+        curvature.whitened_size(component)
+
+
 @pytest.mark.parametrize("name", DAMPED)
 def test_large_damping_only_scales(name: str) -> None:
     gradients = vectors()

@@ -6,7 +6,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_influence import EKFAC, KFAC, Exact, GradientDot, Identity, InfluenceFunction, RegressionLoss
+from lightning_influence import (
+    CG,
+    EKFAC,
+    KFAC,
+    Diagonal,
+    Exact,
+    GradientDot,
+    Identity,
+    InfluenceFunction,
+    ProjectedGram,
+    RegressionLoss,
+)
 from lightning_influence.capture import find_components
 from lightning_influence.errors import NotFittedError, StoreError
 from lightning_influence.store import Store
@@ -141,3 +152,51 @@ def test_from_the_store_of_another_model(tmp_path: Any) -> None:
         InfluenceFunction.from_store(model, store)
     with pytest.raises(StoreError, match="has no curvature 'last'"):
         InfluenceFunction.from_store(mlp(), store, "last")
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize(
+    "curvature",
+    [EKFAC(), KFAC(damping=0.02), Diagonal(), ProjectedGram((2, 2), projection_seed=4), Exact(), Identity()],
+    ids=repr,
+)
+def test_inner_products_of_features_are_influences(curvature: Any, normalise: bool) -> None:
+    """Blocks of every structure; scores have oracles of their own."""
+    model, data, queries = ready(Mixed()), token_rows(9), token_rows(4, seed=2)
+    influence = InfluenceFunction(model, curvature, normalise=normalise).fit(data)
+    rows, goals = influence.features(data), influence.features(queries, supervised=True)
+    assert rows.shape == (9, sum(curvature.whitened_size(c) for c in influence.components))
+    torch.testing.assert_close(goals @ rows.T, influence.score(queries, data).values)
+    torch.testing.assert_close(rows.square().sum(1), influence.self_influence(data).values[0])
+    for size in (1, 4):
+        batched = InfluenceFunction(model, curvature, normalise=normalise, batch_size=size)
+        torch.testing.assert_close(batched.features(data), rows)
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_features_are_the_definition(normalise: bool) -> None:
+    model = mlp()
+    influence = InfluenceFunction(model, Exact(damping=0.01, fisher="empirical"), normalise=normalise).fit(TRAIN)
+    found, gradients = influence.features(TRAIN), flat(model, TRAIN)
+    inverse = oracles.damped_inverse(oracles.fisher(gradients), 0.01)
+    if normalise:
+        gradients = gradients / gradients.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(found @ found.T, gradients @ inverse @ gradients.T)
+
+
+def test_features_under_sampled_labels() -> None:
+    influence = InfluenceFunction(mlp(), EKFAC()).fit(TRAIN)
+    sampled = influence.features(QUERIES, labels="sampled", seed=3)
+    expected = influence.score(QUERIES, TRAIN, labels="sampled", seed=3).values
+    torch.testing.assert_close(sampled @ influence.features(TRAIN).T, expected)
+
+
+def test_features_that_cannot_be() -> None:
+    with pytest.raises(NotFittedError, match=r"`InfluenceFunction.features`: EKFAC is not fitted. Call fit\(train\)"):
+        InfluenceFunction(mlp()).features(TRAIN)
+    small = InfluenceFunction(mlp(), Identity(), memory_budget=100)
+    with pytest.raises(ValueError, match=r"15 examples take 0.0 GB; expected at most memory_budget=100 bytes. Take"):
+        small.features(TRAIN)
+    iterative = InfluenceFunction(mlp(), CG()).fit(TRAIN)
+    with pytest.raises(ValueError, match=r"`CG.whiten`: a curvature that is known by its products alone has no square"):
+        iterative.features(TRAIN)

@@ -15,6 +15,7 @@ from lightning_influence.selection import (
     BalancedRandom,
     FacilityLocation,
     InteractionGreedy,
+    NewtonGreedy,
     Random,
     RedundancyFilter,
     RoundRobin,
@@ -26,7 +27,7 @@ from tests import oracles
 from tests.selection.cases import Pool, clustered_pool, pools
 
 BY_ID = [BalancedRandom(lambda name: len(str(name))), RoundRobin(torch.ones(2, 3))]  # know rows by their ids
-RULES = [TopK(), InteractionGreedy(), Random(seed=3), RedundancyFilter(1), FacilityLocation(), *BY_ID]
+RULES = [TopK(), InteractionGreedy(), NewtonGreedy(), Random(seed=3), RedundancyFilter(1), FacilityLocation(), *BY_ID]
 every_rule = pytest.mark.parametrize("rule", RULES, ids=repr)
 
 
@@ -44,6 +45,14 @@ def of_pool(rule: SelectionRule, pool: Pool) -> SelectionRule:
 def choose(rule: SelectionRule, pool: Pool, budget: int | float) -> Selection:
     rule = of_pool(rule, pool)
     return rule.select(pool.values, pool.features, pool.metric, budget=budget, ids=pool.ids)
+
+
+def objective(rule: SelectionRule, pool: Pool, rows: list[int]) -> float:
+    """What the rule predicts for some rows, dense."""
+    if isinstance(rule, NewtonGreedy):
+        damping = oracles.newton_damping(pool.features, rule.ridge)
+        return oracles.newton_objective(pool.values, pool.features, pool.metric, rows, damping)
+    return oracles.addition_objective(pool.values, pool.interactions, rows)
 
 
 def test_no_rule_is_missing() -> None:
@@ -72,9 +81,10 @@ def test_right_size_unique_and_labelled(rule: SelectionRule, pool: Pool, data: s
 def test_gains_are_those_of_the_group(rule: SelectionRule, pool: Pool, data: st.DataObject) -> None:
     selection = choose(rule, pool, data.draw(st.integers(1, len(pool.ids))))
     rows = list(selection.positions)
-    truth = [oracles.addition_objective(pool.values, pool.interactions, rows[:k]) for k in range(len(rows) + 1)]
+    truth = [objective(rule, pool, rows[:k]) for k in range(len(rows) + 1)]
     torch.testing.assert_close(selection.gains, torch.tensor(truth, dtype=torch.float64).diff())
-    torch.testing.assert_close(selection.first_order, -pool.values[rows])
+    if not isinstance(rule, NewtonGreedy):
+        torch.testing.assert_close(selection.first_order, -pool.values[rows])
     torch.testing.assert_close(selection.gains, selection.first_order + selection.interaction)
     assert selection.objective == pytest.approx(truth[-1], abs=1e-12)
     assert selection.gains.dtype == torch.float64
@@ -146,14 +156,16 @@ def test_tensors_with_gradients_are_taken_as_they_are(rule: SelectionRule) -> No
 @every_rule
 def test_one_row(rule: SelectionRule) -> None:
     selection = rule.select(torch.tensor([2.0]), torch.tensor([[3.0]]), budget=1)
+    step = 1 / (9 + rule.ridge * 9) if isinstance(rule, NewtonGreedy) else 1.0
+    first_order, interaction = -2.0 * step, 4.5 * step**2
     assert selection.to_dict() == {
         "ids": [0],
         "positions": [0],
-        "gains": [2.5],
-        "first_order": [-2.0],
-        "interaction": [4.5],
+        "gains": [pytest.approx(first_order + interaction)],
+        "first_order": [pytest.approx(first_order)],
+        "interaction": [pytest.approx(interaction)],
         "budget": 1,
-        "objective": 2.5,
+        "objective": pytest.approx(first_order + interaction),
         "rule": repr(rule),
         "pool_size": 1,
         "lower_bound": None,

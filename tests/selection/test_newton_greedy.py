@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_influence.estimators import Interactions, factors
+from lightning_influence.selection import NewtonGreedy, TopK, newton_greedy
+from tests import oracles
+from tests.selection.cases import Pool, clustered_pool, pools
+
+
+def greedy(pool: Pool, budget: int | float, ridge: float = 0.3) -> tuple[int, ...]:
+    rule = NewtonGreedy(ridge)
+    return rule.select(pool.values, pool.features, pool.metric, budget=budget, ids=pool.ids).positions
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@given(pool=pools(), ridge=st.sampled_from([0.01, 0.3, 4.0]))
+def test_every_step_is_that_of_brute_force(pool: Pool, ridge: float) -> None:
+    damping = oracles.newton_damping(pool.features, ridge)
+    truth = oracles.newton_greedy(pool.values, pool.features, pool.metric, len(pool.ids), pool.ids, damping)
+    assert list(greedy(pool, 1.0, ridge)) == truth
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_brute_force_on_numbers_that_round(dtype: torch.dtype) -> None:
+    pool = clustered_pool(24, 5, dtype)
+    damping = oracles.newton_damping(pool.features, 0.3)
+    truth = oracles.newton_greedy(pool.values, pool.features, pool.metric, 24, pool.ids, damping)
+    assert list(greedy(pool, 24)) == truth
+
+
+@pytest.mark.parametrize(("n", "m", "r"), [(12, 5, 7), (12, 9, 40), (10, 3, 2)])
+@pytest.mark.parametrize("ridge", [1e-3, 0.3])
+def test_it_is_kernel_ridge_regression_of_the_constant_one(n: int, m: int, r: int, ridge: float) -> None:
+    """J(S) = (1/2m) ‖1 − K_tS α‖² − ½, every row tried at every step, with the regression solved in its primal form."""
+    features, targets = normal(n, r), normal(m, r, seed=1)
+    damping = oracles.newton_damping(features, ridge)
+
+    def predicted(rows: list[int]) -> float:
+        design = torch.cat([features[rows], damping**0.5 * torch.eye(r).double()])
+        goal = torch.cat([torch.ones(len(rows)), torch.zeros(r)]).double()
+        w = torch.linalg.lstsq(design, goal[:, None]).solution[:, 0]
+        return float((1 - targets @ w).square().sum() / (2 * m) - 0.5)
+
+    chosen: list[int] = []
+    for _ in range(n):
+        chosen.append(min((row for row in range(n) if row not in chosen), key=lambda row: predicted([*chosen, row])))
+    selection = Interactions.from_features(features, targets).select(NewtonGreedy(ridge), n)
+    assert list(selection.ids) == chosen
+    truth = torch.tensor([0.0] + [predicted(chosen[: k + 1]) for k in range(n)]).double()
+    torch.testing.assert_close(selection.gains, truth.diff(), rtol=1e-6, atol=1e-7)
+
+
+def test_gains_do_not_drift() -> None:
+    """Hundreds of updates on rows that nearly repeat each other, against one solve at the end."""
+    features = (normal(30, 20).repeat(10, 1) + 1e-3 * normal(300, 20, seed=3)) * normal(300, 1, seed=4).exp()
+    selection = Interactions.from_features(features, normal(15, 20, seed=5)).select(NewtonGreedy(1e-3), 250)
+    targets = normal(15, 20, seed=5)
+    values, metric = features @ targets.mean(0), targets.T @ targets / 15
+    truth = oracles.newton_objective(
+        values, features, metric, list(selection.ids), oracles.newton_damping(features, 1e-3)
+    )
+    assert selection.objective == pytest.approx(truth, rel=1e-8)
+
+
+def test_a_large_ridge_is_additive() -> None:
+    pool = clustered_pool(60, 9)
+    expected = TopK().select(pool.values, budget=40, ids=pool.ids).positions
+    assert greedy(pool, 40, 1e9) == expected
+
+
+def test_a_wrong_label_is_left_alone() -> None:
+    """Its gradient opposes those of the rows beside it, also where alone it seems to help a target."""
+    features = torch.tensor([[1.0, 0.1], [1.0, 0.0], [-1.0, 0.3], [0.0, 1.0], [0.1, 1.0]])
+    targets = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    selection = Interactions.from_features(features, targets).select(NewtonGreedy(0.1), 5)
+    assert selection.ids[-1] == 2
+    assert selection.gains[-1] > 0
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e5])
+def test_the_ridge_is_a_share(scale: float) -> None:
+    """Of whitened gradients: with them the step is divided by the scale, and the constant stays 1."""
+    features, targets = normal(20, 6), normal(8, 6, seed=1)
+    one = Interactions.from_features(features, targets).select(NewtonGreedy(0.2), 12)
+    other = Interactions.from_features(scale * features, scale * targets).select(NewtonGreedy(0.2), 12)
+    assert one.ids == other.ids
+    torch.testing.assert_close(one.gains, other.gains)
+
+
+def test_blocks_and_strides_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = clustered_pool()
+    at_once = greedy(pool, 100)
+    monkeypatch.setattr(factors, "_BLOCK_ON_CPU", 37 * 7)
+    assert greedy(pool, 100) == at_once
+    strided = Pool(pool.values, pool.features.T.contiguous().T, pool.metric, pool.ids)
+    assert greedy(strided, 100) == at_once
+
+
+def test_rows_without_a_gradient() -> None:
+    values, features = torch.tensor([0.0, 1.0, 0.0]), torch.tensor([[0.0], [1.0], [0.0]])
+    selection = NewtonGreedy().select(values, features, budget=3)
+    assert selection.ids == (1, 0, 2)
+    assert selection.gains[1:].tolist() == [0.0, 0.0]
+    assert NewtonGreedy().select(torch.zeros(2), torch.zeros(2, 1), budget=2).gains.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("ridge", [0, -1.0, float("nan"), float("inf"), True, "auto", None])
+def test_a_ridge_that_is_none(ridge: Any) -> None:
+    message = f"`NewtonGreedy(ridge={ridge!r})`: expected a finite number > 0, such as 0.3."
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        NewtonGreedy(ridge)
+
+
+def test_without_features() -> None:
+    message = (
+        "`NewtonGreedy(ridge=0.3).select(features=None)`: expected features [n, r], the whitened gradients of the "
+        "pool. Use `TopK()` to select by the values alone."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        NewtonGreedy().select(torch.ones(3), budget=1)
+
+
+def test_a_bar_only_when_long(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    greedy(clustered_pool(30), 5)
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.setattr(newton_greedy, "_LONG", 1)
+    greedy(clustered_pool(30), 5)
+    assert "NewtonGreedy" in capfd.readouterr().err
