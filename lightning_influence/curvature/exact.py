@@ -106,7 +106,8 @@ class Exact(Curvature):
         self._check_fitted()
         spectrum, basis = torch.linalg.eigh(symmetric(self._block(component)))
         gradients = record.example_gradients().flatten(1)
-        return (gradients.double() @ basis / (spectrum.clamp_min(0) + self._damping()).sqrt()).to(gradients.dtype)
+        rotated: Tensor = gradients.double() @ basis / (spectrum.clamp_min(0) + self._damping()).sqrt()
+        return rotated.to(gradients.dtype)
 
     def whitened(self, records: Iterable[tuple[Component, LayerRecord]]) -> Tensor:
         """``(G + damping I)^{-1/2}`` of the whole gradient, [n, P], components together."""

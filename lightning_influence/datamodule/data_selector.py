@@ -19,9 +19,9 @@ from lightning_influence.capture.guard import unchanged
 from lightning_influence.capture.losses import Batch, ExampleLoss
 from lightning_influence.curvature import Curvature
 from lightning_influence.datamodule.wrapper import DataModuleWrapper, PlainData, is_datamodule, overrides
-from lightning_influence.selection import Selection, SelectionRule, check_budget
+from lightning_influence.selection import Selection, check_budget
 from lightning_influence.selection.budget import resolve_budget
-from lightning_influence.selection.pipeline import TargetCurvature, Weight, select_training_data
+from lightning_influence.selection.pipeline import Rule, TargetCurvature, Weight, select_training_data
 from lightning_influence.selection.selected_loader import selected_loader, subset
 from lightning_influence.store import Store
 
@@ -54,7 +54,7 @@ class DataSelector(DataModuleWrapper):
         targets: DataLoader or dataset of the examples whose mean loss shall fall; None takes the validation data.
             A dataset is put into batches as the pool is.
         budget: Rows to select as an int, or a share of the pool in (0, 1]; needed for ``select(model)``.
-        rule: None for ``InteractionGreedy()``.
+        rule: None for ``InteractionGreedy()``; ``"newton"`` for `NewtonGreedy` with a ridge that suits the pool.
         curvature: None for ``EKFAC()``.
         components: Which parameters, see `find_components`; None for everything trainable.
         loss: Loss of one example, see `resolve_loss`.
@@ -79,7 +79,7 @@ class DataSelector(DataModuleWrapper):
         targets: Any = None,
         budget: int | float | None = None,
         *,
-        rule: SelectionRule | None = None,
+        rule: Rule | None = None,
         curvature: Curvature | None = None,
         components: str | list[str] | Callable[[str, nn.Module], bool] | None = None,
         loss: ExampleLoss | Callable[[nn.Module, Batch], Tensor] | None = None,
@@ -140,7 +140,7 @@ class DataSelector(DataModuleWrapper):
         ids: None = None,
         *,
         budget: int | float | None = None,
-        rule: SelectionRule | None = None,
+        rule: Rule | None = None,
         loss: ExampleLoss | Callable[[nn.Module, Batch], Tensor] | None = None,
         store: str | os.PathLike[str] | None = None,
         batch_size: int | None = None,
@@ -157,7 +157,7 @@ class DataSelector(DataModuleWrapper):
         ids: Sequence[int] | None = None,
         *,
         budget: int | float | None = None,
-        rule: SelectionRule | None = None,
+        rule: Rule | None = None,
         loss: ExampleLoss | Callable[[nn.Module, Batch], Tensor] | None = None,
         store: str | os.PathLike[str] | None = None,
         batch_size: int | None = None,

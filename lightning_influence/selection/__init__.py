@@ -25,6 +25,7 @@ from lightning_influence.selection.component_path import ComponentPath, Componen
 from lightning_influence.selection.facility_location import FacilityLocation
 from lightning_influence.selection.interaction_greedy import InteractionGreedy
 from lightning_influence.selection.newton_greedy import NewtonGreedy
+from lightning_influence.selection.newton_pool import NewtonPool, RidgeChoice
 from lightning_influence.selection.random import Random
 from lightning_influence.selection.redundancy_filter import RedundancyFilter
 from lightning_influence.selection.round_robin import RoundRobin
@@ -41,8 +42,10 @@ __all__ = [
     "FacilityLocation",
     "InteractionGreedy",
     "NewtonGreedy",
+    "NewtonPool",
     "Random",
     "RedundancyFilter",
+    "RidgeChoice",
     "RoundRobin",
     "Selection",
     "SelectionRule",

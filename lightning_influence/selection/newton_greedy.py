@@ -148,6 +148,6 @@ class _Posterior:
         squares = self.norms.square()
         step_errors = (1 + reach + steps.abs() * squares) / (self.damping + self.size)
         slope_errors = self.pool.values.abs() + self.spread * reach
-        found = (steps * self.bend - self.slope).abs() * step_errors
+        found: Tensor = (steps * self.bend - self.slope).abs() * step_errors
         found += steps.abs() * slope_errors + 0.5 * steps.square() * self.spread * squares
-        return _ROUNDING * math.sqrt(1 + self.chosen) * found
+        return found * (_ROUNDING * math.sqrt(1 + self.chosen))

@@ -18,12 +18,15 @@ from lightning_influence.estimators.influence_function import InfluenceFunction
 from lightning_influence.selection.base import SelectionRule
 from lightning_influence.selection.budget import resolve_budget
 from lightning_influence.selection.interaction_greedy import InteractionGreedy
+from lightning_influence.selection.newton_greedy import NewtonGreedy
+from lightning_influence.selection.newton_pool import NewtonPool
 from lightning_influence.selection.pool_audit import PoolAudit, audit_pool
 from lightning_influence.selection.saturation import saturating_weight
 from lightning_influence.selection.selection import Selection
 
 Weight: TypeAlias = Literal["saturate", "1/n", "1/k"] | float
 TargetCurvature: TypeAlias = Literal["empirical", "sampled"]
+Rule: TypeAlias = SelectionRule | Literal["newton"]
 
 CALL = "select_training_data"
 
@@ -34,7 +37,7 @@ def select_training_data(
     targets: Any,
     *,
     budget: int | float,
-    rule: SelectionRule | None = None,
+    rule: Rule | None = None,
     curvature: Curvature | None = None,
     loss: ExampleLoss | Callable[[nn.Module, Any], Tensor] | None = None,
     components: Select | list[Component] = None,
@@ -56,13 +59,15 @@ def select_training_data(
         pool: Map-style dataset or DataLoader of the rows to choose from; ids are positions in it.
         targets: Map-style dataset or DataLoader of the examples whose mean loss shall fall.
         budget: Rows as an int, or a share of the pool in (0, 1].
-        rule: None for ``InteractionGreedy()``.
+        rule: None for ``InteractionGreedy()``; ``"newton"`` for `NewtonGreedy` with the ridge that random selections
+            of the budget's size ask for (`NewtonPool.ridge`). `NewtonGreedy` works on the scores of the pool for the
+            targets here (`NewtonPool.scored`).
         curvature: None for ``EKFAC()``.
         loss: Per-example loss; None resolves it.
         components: What `find_components` takes.
         weight: Weight of one added row in the training objective: ``"saturate"`` for the largest at which the last
             picks still gain (`saturating_weight`), ``"1/k"`` or ``"1/n"`` as in the formula, or a number. Only the
-            rules that look at interactions depend on it.
+            rules that look at interactions depend on it; `NewtonGreedy` has its ridge instead.
         target_curvature: Labels of the Fisher of the targets: their own, or sampled from the model.
         normalise: Whether gradients are scaled to unit length first, so that neither the length nor the loss of a
             row decides.
@@ -99,7 +104,12 @@ def select_training_data(
     if suspects:
         influence.check(ExampleLoader(rows, indices=suspects))
     k = resolve_budget(budget, rows.num_examples, CALL)
-    scores = influence.fit(rows).score(goals, rows)
+    influence.fit(rows)
+    if rule == "newton" or isinstance(rule, NewtonGreedy):
+        problem = NewtonPool.scored(influence, goals, rows, target_curvature=target_curvature, seed=seed)
+        selection = problem.select(k, rule if isinstance(rule, NewtonGreedy) else None)
+        return replace(selection, positions=tuple(int(name) for name in selection.ids))
+    scores = influence.score(goals, rows)
     fisher = influence.score(goals, rows, labels="sampled", seed=seed) if target_curvature == "sampled" else None
     selection = choose(Interactions.from_scores(scores, 1 / k, fisher), rule, k, weight)
     return replace(selection, positions=tuple(int(name) for name in selection.ids))
@@ -138,8 +148,15 @@ def _usable(rows: ExampleLoader, audit: PoolAudit) -> ExampleLoader:
 
 
 def _check_options(rule: object, curvature: object, weight: object, target_curvature: str) -> None:
-    if not isinstance(rule, SelectionRule):
-        raise ValueError(f"`{CALL}(rule={rule!r})`: expected a SelectionRule, such as InteractionGreedy() or TopK().")
+    if not isinstance(rule, SelectionRule) and rule != "newton":
+        raise ValueError(
+            f"`{CALL}(rule={rule!r})`: expected a SelectionRule, such as InteractionGreedy() or TopK(), or 'newton'."
+        )
+    if weight != "saturate" and (rule == "newton" or isinstance(rule, NewtonGreedy)):
+        raise ValueError(
+            f"`{CALL}(weight={weight!r})`: the Newton step has no weight of a row. Expected its ridge instead, such "
+            "as rule=NewtonGreedy(ridge=0.3)."
+        )
     if not isinstance(curvature, Curvature | None):
         raise ValueError(f"`{CALL}(curvature={curvature!r})`: expected a Curvature, such as EKFAC(damping=0.1).")
     positive = isinstance(weight, (int, float)) and not isinstance(weight, bool) and 0 < weight < math.inf

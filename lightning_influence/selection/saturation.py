@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from lightning_influence.estimators.factors import Factors
@@ -72,6 +73,20 @@ def select_at_saturation(
     """The rule's selection at the saturating weight, and the weight."""
     weight = saturating_weight(interactions, rule, budget, saturation)
     return interactions.reweighted(weight).select(rule, budget), weight
+
+
+def gain_curve(selection: Selection) -> Tensor:
+    """Share [k] of the largest predicted gain that is reached after each pick: where it is flat, rows do nothing.
+
+    All 0 when no pick is predicted to lower the target loss.
+
+    >>> from lightning_influence.selection import TopK
+    >>> gain_curve(TopK().select(torch.tensor([0.75, 1.0, 0.25]), budget=3))
+    tensor([0.5000, 0.8750, 1.0000], dtype=torch.float64)
+    """
+    predicted = -selection.gains.cumsum(0)
+    best = float(predicted.max())
+    return predicted / best if best > 0 else torch.zeros_like(predicted)
 
 
 def _counted(values: Tensor, budget: int, saturation: float) -> int:

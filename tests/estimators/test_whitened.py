@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from lightning_influence.estimators import Interactions
 from lightning_influence.estimators.whitened import gram, kernel_features, score_features, thinned
 from tests.curvature.models import normal
 
@@ -70,3 +72,42 @@ def test_refusals() -> None:
         kernel_features(torch.zeros(9, 8), torch.zeros(5, 9), torch.zeros(5, 5))
     with pytest.raises(ValueError, match="`score_features`: all scores are 0; expected examples with gradients"):
         score_features(torch.zeros(5, 9), torch.zeros(5, 5))
+
+
+def refused(message: str) -> Any:
+    return pytest.raises(ValueError, match=f"^{re.escape(message)}$")
+
+
+@pytest.mark.parametrize("r", [4, 30])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_from_features_is_from_scores_at_weight_one(r: int, sampled: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pool, targets, drawn = (torch.randn(n, r, generator=generator).double() for n in (7, 5, 3))
+    names = tuple("abcdefg")
+    found = Interactions.from_features(pool, targets, drawn if sampled else None, names, damping=0.1)
+    fisher = drawn @ pool.T if sampled else None
+    expected = Interactions.from_scores(targets @ pool.T, 1.0, fisher, names)
+    torch.testing.assert_close(found.values, expected.values)
+    torch.testing.assert_close(found.pairwise(names), expected.pairwise(names))
+    torch.testing.assert_close(found.features @ found.features.T, pool @ pool.T)
+    assert found.features.shape[1] <= 7 + 5 + 3
+    assert (found.ids, found.weight, found.damping) == (names, 1.0, 0.1)
+    assert found.target_curvature == expected.target_curvature
+
+
+def test_bad_features() -> None:
+    features, call = torch.ones(3, 2), "`Interactions.from_features"
+    with refused(f"{call}(features=[3, 2], targets=[2, 3])`: expected [n, r] and [m, r], with m >= 1, in one basis."):
+        Interactions.from_features(features, torch.ones(2, 3))
+    with refused(f"{call}(features=[3, 2], targets=[0, 2])`: expected [n, r] and [m, r], with m >= 1, in one basis."):
+        Interactions.from_features(features, torch.ones(0, 2))
+    features[1, 1] = torch.nan
+    look = "Look at their loss, or leave them out."
+    with refused(
+        f"{call}(features)`: expected finite numbers. 1 of 3 examples have NaN or infinite features: id 'b'. {look}"
+    ):
+        Interactions.from_features(features, torch.ones(2, 2), ids=["a", "b", "c"])
+    with refused(
+        f"{call}(targets)`: expected finite numbers. 1 of 2 target examples have NaN or infinite targets: id 1. {look}"
+    ):
+        Interactions.from_features(torch.ones(3, 2), torch.tensor([[1.0, 1.0], [torch.inf, 0.0]]))

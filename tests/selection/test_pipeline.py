@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import EKFAC, KFAC, Exact, Identity, InfluenceFunction, Interactions, UnsupportedLayerError
 from lightning_influence.capture import FunctionLoss
-from lightning_influence.selection import InteractionGreedy, Random, TopK
+from lightning_influence.selection import InteractionGreedy, NewtonGreedy, NewtonPool, Random, TopK
 from lightning_influence.selection.pipeline import choose, select_training_data
 from lightning_influence.selection.saturation import saturating_weight
 from tests.curvature.models import Tokens, ready, texts
@@ -112,6 +112,21 @@ def test_every_rule_at_every_weight(model: nn.Linear, rule: Any, weight: Any) ->
     assert selection.weight == pytest.approx(number)
     first_order = -number * interactions.values[list(selection.ids)]
     torch.testing.assert_close(selection.first_order, first_order)
+
+
+@pytest.mark.parametrize("target_curvature", ["empirical", "sampled"])
+def test_the_newton_step_is_the_pieces_put_together(model: nn.Linear, target_curvature: Any) -> None:
+    influence = InfluenceFunction(model, EKFAC(seed=3), normalise=True).fit(POOL)
+    problem = NewtonPool.scored(influence, TARGETS, POOL, target_curvature=target_curvature, seed=3)
+    found = selected(model, 12, rule="newton", target_curvature=target_curvature, seed=3)
+    expected = problem.select(12, NewtonGreedy(problem.ridge(12).best))
+    assert found.ids == expected.ids
+    assert (found.rule, found.weight) == (expected.rule, None)
+    torch.testing.assert_close(found.gains, expected.gains)
+    assert WRONG[list(found.ids)].float().mean() < 0.1
+    given = selected(model, 12, rule=NewtonGreedy(2.0), target_curvature=target_curvature, seed=3)
+    assert given.ids == problem.select(12, NewtonGreedy(2.0)).ids
+    assert given.rule == "NewtonGreedy(ridge=2.0)"
 
 
 def test_settings_arrive(model: nn.Linear) -> None:
@@ -214,6 +229,12 @@ class Unread:
         ({"weight": float("nan")}, r"`select_training_data\(weight=nan\)`"),
         ({"weight": True}, r"`select_training_data\(weight=True\)`"),
         ({"weight": "1/m"}, r"`select_training_data\(weight='1/m'\)`"),
+        ({"weight": "1/k", "rule": "newton"}, r"`select_training_data\(weight='1/k'\)`: the Newton step has no weight"),
+        (
+            {"weight": 0.1, "rule": NewtonGreedy()},
+            r"Expected its ridge instead, such as rule=NewtonGreedy\(ridge=0.3\)",
+        ),
+        ({"rule": "greedy"}, r"`select_training_data\(rule='greedy'\)`: expected a SelectionRule, such as Inter"),
         ({"target_curvature": "exact"}, r"`select_training_data\(target_curvature='exact'\)`: expected 'empirical' or"),
         ({"rule": TopK}, r"`select_training_data\(rule=.*\)`: expected a SelectionRule, such as InteractionGreedy\(\)"),
         ({"curvature": "ekfac"}, r"`select_training_data\(curvature='ekfac'\)`: expected a Curvature, such as EKFAC\("),

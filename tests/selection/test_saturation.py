@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_influence.estimators.group_influence import Interactions
 from lightning_influence.selection import InteractionGreedy, TopK
-from lightning_influence.selection.saturation import saturating_weight, select_at_saturation
+from lightning_influence.selection.saturation import gain_curve, saturating_weight, select_at_saturation
 
 RULE = InteractionGreedy()
 
@@ -163,3 +163,10 @@ def test_a_large_saturation_counts_fewer_picks(saturation: float) -> None:
     fading = 1 - (1 - saturation) ** 2
     counted = 20 if ordered[-1] >= fading * ordered[0] else int((ordered >= fading * ordered[0]).sum())
     assert share(interactions, weight, counted) >= saturation
+
+
+def test_the_curve_of_the_gain() -> None:
+    rule, values = InteractionGreedy(), torch.tensor([1.0, -1.0])
+    features = torch.ones(2, 1)
+    assert gain_curve(rule.select(values, features, budget=2)).tolist() == [1.0, -4.0]  # gains of -0.5 and 2.5
+    assert gain_curve(TopK().select(-torch.ones(3), budget=2)).tolist() == [0.0, 0.0]

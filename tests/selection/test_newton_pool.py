@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_influence import EKFAC, InfluenceFunction, ProjectedGram
+from lightning_influence.capture import ExampleLoader
+from lightning_influence.selection import NewtonGreedy, NewtonPool
+from lightning_influence.selection.newton_pool import SHARES
+from tests import oracles
+from tests.curvature.models import mlp, normal, points
+
+POOL, TARGETS = points(20), points(6, seed=3)
+
+
+def fitted(**options: Any) -> InfluenceFunction:
+    return InfluenceFunction(mlp(), EKFAC(), **options).fit(POOL)
+
+
+def products(pool: NewtonPool) -> tuple[Tensor, Tensor]:
+    """Targets x pool, pool x pool."""
+    return pool.targets @ pool.features.T, pool.features @ pool.features.T
+
+
+def test_scores_give_exact_products_with_targets() -> None:
+    influence = fitted()
+    crossed, own = products(NewtonPool.scored(influence, TARGETS, POOL))
+    torch.testing.assert_close(crossed, influence.score(TARGETS, POOL).values)
+    exact = influence.score(POOL, POOL).values
+    assert (own.diagonal() <= exact.diagonal() * (1 + 1e-9)).all()  # a part of each gradient is not seen
+    torch.testing.assert_close(products(NewtonPool.scored(influence, POOL, POOL))[1], exact)
+
+
+@pytest.mark.parametrize("options", [{}, {"normalise": True}, {"batch_size": 7}])
+def test_gradients_give_all_products(options: dict[str, Any]) -> None:
+    influence = fitted(**options)
+    crossed, own = products(NewtonPool.whitened(influence, TARGETS, POOL))
+    torch.testing.assert_close(crossed, influence.score(TARGETS, POOL).values)
+    torch.testing.assert_close(own, influence.score(POOL, POOL).values)
+
+
+def test_projected_gradients() -> None:
+    influence = InfluenceFunction(mlp(), ProjectedGram((2, 2))).fit(POOL)
+    pool = NewtonPool.whitened(influence, TARGETS, POOL)
+    assert pool.features.shape == (20, 8)
+    torch.testing.assert_close(products(pool)[0], influence.score(TARGETS, POOL).values)
+
+
+def test_the_fisher_of_sampled_labels() -> None:
+    influence = fitted()
+    pool = NewtonPool.scored(influence, TARGETS, POOL, target_curvature="sampled", seed=4)
+    sampled = influence.score(TARGETS, POOL, labels="sampled", seed=4).values
+    full = NewtonPool.whitened(influence, POOL + TARGETS, POOL)  # spans everything
+    assert pool.curvature_targets is not None
+    own = influence.score(TARGETS, TARGETS, labels="sampled", seed=4).values
+    torch.testing.assert_close(pool.curvature_targets @ pool.targets.T, own)
+    wide = NewtonPool.scored(influence, POOL + TARGETS, POOL, target_curvature="sampled", seed=4)
+    assert wide.curvature_targets is not None
+    assert full.features.shape[0] == 20
+    everything = influence.score(POOL + TARGETS, POOL, labels="sampled", seed=4).values
+    torch.testing.assert_close(wide.curvature_targets @ wide.features.T, everything)
+    assert not torch.allclose(sampled, influence.score(TARGETS, POOL).values)
+
+
+def test_ids_are_those_of_the_loader() -> None:
+    rows = ExampleLoader(POOL, indices=[3, 8, 11, 4])
+    for make in (NewtonPool.scored, NewtonPool.whitened):
+        assert set(make(fitted(), TARGETS, rows).select(4, NewtonGreedy()).ids) == {3, 8, 11, 4}
+
+
+@pytest.mark.parametrize(("n", "k"), [(30, 5), (30, 30), (12, 12)])
+def test_errors_are_those_of_random_rows(n: int, k: int) -> None:
+    """One dense Newton step for each draw and ridge, whichever of rows and columns are fewer."""
+    pool = NewtonPool(normal(n, 8), normal(5, 8, seed=1))
+    found = pool.ridge(k, draws=3, seed=7)
+    assert found.ridges == tuple(k * share for share in SHARES)
+    generator = torch.Generator().manual_seed(7)
+    expected = torch.zeros(len(SHARES)).double()
+    for _ in range(3):
+        rows = torch.randperm(n, generator=generator)[:k]
+        chosen = pool.features[rows]
+        for at, ridge in enumerate(found.ridges):
+            damping = oracles.newton_damping(pool.features, ridge)
+            kernel = chosen @ chosen.T + damping * torch.eye(k).double()
+            w = chosen.T @ torch.linalg.solve(kernel, torch.ones(k).double())
+            expected[at] += (1 - pool.targets @ w).square().mean() / 3
+    torch.testing.assert_close(found.errors, expected)
+    assert found.best == found.ridges[int(expected.argmin())]
+
+
+def test_noise_asks_for_a_larger_ridge() -> None:
+    """Rows of the constant 1 in few directions: with signs turned at random, a step must average over more of them."""
+    directions, targets = normal(6, 6).repeat(40, 1), normal(6, 6)
+    clean = directions + 0.05 * normal(240, 6, seed=1)
+    signs = torch.where(torch.rand(240, 1, generator=torch.Generator().manual_seed(2)) < 0.3, -1.0, 1.0).double()
+    assert NewtonPool(clean * signs, targets).ridge(12).best > NewtonPool(clean, targets).ridge(12).best
+
+
+def test_selecting_without_a_rule_takes_the_ridge_that_was_found() -> None:
+    pool = NewtonPool(normal(30, 8), normal(5, 8, seed=1), ids=[f"row {k:02}" for k in range(30)])
+    selection = pool.select(0.2)
+    assert len(selection) == 6
+    assert selection.to_dict() == pool.select(6, NewtonGreedy(pool.ridge(6).best)).to_dict()
+    assert pool.select(6, NewtonGreedy(7.0)).rule == "NewtonGreedy(ridge=7.0)"
+    with pytest.raises(ValueError, match=r"`NewtonPool.ridge\(budget=31\)`: .* The pool has 30 rows"):
+        pool.select(31)
