@@ -169,13 +169,14 @@ class KroneckerBlock(Block):
 
     def whiten(self, record: LayerRecord, damping: float) -> Tensor:
         """[n, o i]; the factors are rotated when that is the smaller job."""
-        left, right = self.fitted["gradient_basis"], self.fitted["input_basis"]
-        o, i = len(left), len(right)
+        left, right = self._basis("gradient"), self._basis("input")
+        o, i = self.eigenvalues().shape
+        dtype = left[0].dtype
         if isinstance(record, FactoredRecord) and record.sizes[1] * (o * o + i * i) <= o * i * (o + i):
-            outputs, inputs = record.gradients.to(left.dtype) @ left, record.inputs.to(right.dtype) @ right
+            outputs, inputs = rotate(record.gradients.to(dtype), left), rotate(record.inputs.to(dtype), right)
             rotated = torch.bmm(outputs.mT, inputs)
         else:
-            rotated = left.mT @ record.example_gradients().to(left.dtype) @ right
+            rotated = rotate(rotate(record.example_gradients().to(dtype).mT, left).mT, right)
         return (rotated / (self.eigenvalues() + damping).sqrt()).flatten(1)
 
     def _squares(self, record: FactoredRecord, common: Common) -> None:
