@@ -9,6 +9,7 @@ from lightning_influence.estimators.cka import CKA
 from lightning_influence.estimators.component_dots import ComponentDots
 from lightning_influence.estimators.embedding_similarity import EmbeddingSimilarity
 from lightning_influence.estimators.gradient_dot import GradientDot
+from lightning_influence.estimators.gradient_matrix import GradientMatrix
 from lightning_influence.estimators.group_influence import Interactions
 from lightning_influence.estimators.influence_function import InfluenceFunction
 from lightning_influence.estimators.less import less_scores
@@ -35,6 +36,7 @@ __all__ = [
     "EmbeddingSimilarity",
     "Estimator",
     "GradientDot",
+    "GradientMatrix",
     "InfluenceFunction",
     "Interactions",
     "LengthScore",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +11,15 @@ from torch import Tensor, nn
 
 from lightning_influence.capture import Component, ExampleLoader, LayerRecord
 from lightning_influence.capture.component import Select
+from lightning_influence.capture.data_fingerprint import data_fingerprint
 from lightning_influence.capture.record import CHUNK, DenseRecord
+from lightning_influence.curvature.base import loss_for
 from lightning_influence.estimators.base import Estimator, Labels, Loss, check_supervised
+from lightning_influence.estimators.gradient_matrix import GradientMatrix, write_matrix
+from lightning_influence.estimators.pair_inputs import Side
+from lightning_influence.estimators.sorted_batches import SortedLoader
 from lightning_influence.projections.base import Projection
+from lightning_influence.store.fingerprint import model_fingerprint
 
 
 class ProjectedDot(Estimator):
@@ -81,6 +88,62 @@ class ProjectedDot(Estimator):
             return torch.cat(
                 [torch.cat([record.example_gradients().cpu() for _, record in records], dim=1) for records in batches]
             )
+
+    def write(
+        self,
+        data: Any,
+        path: str | Path,
+        *,
+        dtype: torch.dtype = torch.float16,
+        batch_positions: int | None = None,
+        labels: Labels = "data",
+        seed: int = 0,
+    ) -> GradientMatrix:
+        """`project` of a pool too large for memory: as a file of n x k numbers of a dtype, batch by batch.
+
+        With ``normalise=True`` vectors have length 1, which float16 holds whatever the gradients. A killed run that is
+        started again goes on where it was and ends with the same bytes; vectors that are there already are not
+        computed again, and those of another model, data or projection are refused.
+
+        Args:
+            data: Map-style dataset or DataLoader.
+            path: Of the npy file.
+            dtype: float16, float32 or float64.
+            batch_positions: Positions (tokens) of a batch, padding included, whose examples are then of about the same
+                length; the batch size still bounds their number. None takes batches in the order of the data.
+            labels: ``"sampled"`` replaces labels by draws from the model.
+            seed: Of those draws.
+
+        Returns:
+            The file, whose ``values`` [n, k] are in the order of the data.
+
+        Raises:
+            ValueError: If the data is empty, a loss is not finite or a number does not fit into the dtype (ids are
+                named).
+            StoreError: If the file holds other vectors.
+        """
+        loader = self._loader(data)
+        loss = loss_for(self.model, loader, self.loss)
+        settings = {
+            "vectors": self._described(repr(self.projection)),
+            "components": list(self.sizes),
+            "model": model_fingerprint(self.model),
+            "data": data_fingerprint(loader.dataset),
+            "loss": f"{type(loss).__name__}, {loss.reduction}",
+            "labels": labels if labels == "data" else f"{labels}, seed {seed}",
+            "batches": [loader.batch_size, batch_positions],
+        }
+        lengths = [1] * loader.num_examples if batch_positions is None else Side(loader, loss).lengths()
+        ordered = SortedLoader(loader, lengths, batch_positions or loader.num_examples)
+
+        def work(done: int) -> Iterator[tuple[Tensor, Tensor]]:
+            with self.capture:
+                for pairs in self._records(ordered.after(done), "projecting", labels, seed):
+                    records = [record for _, record in pairs]
+                    vectors = torch.cat([record.example_gradients().flatten(1) for record in records], dim=1)
+                    yield records[0].ids, _unit(vectors) if self.normalise else vectors
+
+        return write_matrix(path, loader.num_examples, sum(self.sizes.values()), dtype, settings, work)
 
     def _records(
         self, loader: ExampleLoader, what: str, labels: Labels = "data", seed: int = 0

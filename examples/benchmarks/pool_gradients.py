@@ -1,0 +1,178 @@
+"""Projected gradients of a pool, written to a file: against bare passes, and against LESS's way.
+
+    python examples/benchmarks/pool_gradients.py [--quick] [--rows 64] [--dimensions 8192] [--repeats 3]
+
+SmolLM2-135M's shape with random weights, sequences of random tokens (mean 100) of which the second half is supervised.
+Taken in turn, medians printed:
+
+* all linear layers: a bare forward and backward pass with weight gradients, and ours, `ProjectedDot(LoGra).write`, in
+  batches of the same size, float16 on disk;
+* LoRA on the attention layers, which is LESS's recipe: ours, and LESS's way on the first few rows, scaled to all: one
+  example at a time, its gradient by a backward pass, projected by traker's BasicProjector (Rademacher) to as many
+  dimensions.
+
+traker and peft are not dependencies: pip install traker peft
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from trak.projectors import BasicProjector, ProjectionType
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lightning_influence import LanguageModelLoss, LoGra, ProjectedDot
+
+Row = dict[str, Tensor]
+IGNORED = -100
+
+
+def model_of(args: argparse.Namespace) -> nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=args.vocabulary,
+        hidden_size=args.width,
+        intermediate_size=args.width * 8 // 3,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.width // 64,
+        num_key_value_heads=args.width // 192 or 1,
+        tie_word_embeddings=True,
+        max_position_embeddings=2048,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def rows_of(args: argparse.Namespace) -> list[Row]:
+    generator = random.Random(0)
+    rows = []
+    for _ in range(args.rows):
+        length = min(512, max(20, round(generator.lognormvariate(math.log(90), 0.45))))
+        tokens = torch.tensor([generator.randrange(args.vocabulary) for _ in range(length)])
+        labels = tokens.clone()
+        labels[: length // 2] = IGNORED
+        rows.append({"input_ids": tokens, "labels": labels})
+    return rows
+
+
+def padded(rows: list[Row]) -> Row:
+    def pad(values: list[Tensor], fill: int) -> Tensor:
+        return nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=fill)
+
+    return {
+        "input_ids": pad([row["input_ids"] for row in rows], 0),
+        "attention_mask": pad([torch.ones_like(row["input_ids"]) for row in rows], 0),
+        "labels": pad([row["labels"] for row in rows], IGNORED),
+    }
+
+
+def batches(rows: list[Row], positions: int) -> Iterator[Row]:
+    """Sorted by length, as many as fit."""
+    rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
+    while rows:
+        count = max(1, positions // len(rows[0]["input_ids"]))
+        yield padded(rows[:count])
+        rows = rows[count:]
+
+
+def bare(model: nn.Module, rows: list[Row], args: argparse.Namespace) -> None:
+    for batch in batches(rows, args.positions):
+        model(**batch, use_cache=False).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+
+def ours(model: nn.Module, components: str, rows: list[Row], args: argparse.Namespace) -> int:
+    """Bytes of the file."""
+    estimator = ProjectedDot(
+        model, LoGra(args.dimensions), LanguageModelLoss(), components, normalise=True, progress=False
+    )
+    data = DataLoader(rows, batch_size=len(rows), collate_fn=padded)  # the positions bound a batch
+    with tempfile.TemporaryDirectory() as folder:
+        matrix = estimator.write(data, Path(folder) / "pool.npy", batch_positions=args.positions)
+        assert bool((matrix.values.float().norm(dim=1) - 1).abs().max() < 1e-2)
+        return matrix.path.stat().st_size
+
+
+def less(model: nn.Module, rows: list[Row], args: argparse.Namespace) -> None:
+    """One example at a time, as in the original code but for its device."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    numel = sum(p.numel() for p in trained)
+    projector = BasicProjector(numel, args.dimensions, 0, ProjectionType.rademacher, torch.device("cpu"), 16)
+    for row in rows:
+        model(**padded([row]), use_cache=False).loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in trained if p.grad is not None])
+        model.zero_grad(set_to_none=True)
+        projector.project(gradient[None], model_id=0)
+
+
+def timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a small model, within a minute")
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--dimensions", type=int, default=8192)
+    parser.add_argument("--positions", type=int, default=1024, help="of a batch, padding included")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--less-rows", type=int, default=1, help="that LESS's way is timed on")
+    parser.add_argument("--rank", type=int, default=8, help="of LoRA")
+    parser.add_argument("--width", type=int, default=576)
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--vocabulary", type=int, default=49152)
+    args = parser.parse_args()
+    if args.quick:
+        args.width, args.layers, args.vocabulary, args.dimensions, args.rows = 192, 4, 4096, 1024, 24
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    warnings.filterwarnings("ignore")
+    rows = rows_of(args)
+    model, adapted = model_of(args), model_of(args)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    adapted = get_peft_model(adapted, LoraConfig(r=args.rank, lora_alpha=4 * args.rank, target_modules=targets))
+    sizes: list[int] = []
+    works: dict[str, Callable[[], object]] = {
+        "bare": lambda: bare(model, rows, args),
+        "ours": lambda: sizes.append(ours(model, "all-linear", rows, args)),
+        "ours, LoRA": lambda: ours(adapted, "lora", rows, args),
+        "LESS's way": lambda: less(adapted, rows[: args.less_rows], args),
+    }
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    print(f"{args.rows} rows, {tokens / args.rows:.0f} tokens each; {torch.get_num_threads()} threads")
+    works["ours, LoRA"]()  # warm-up
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(args.repeats):
+        for name in list(works)[:: 1 if turn % 2 == 0 else -1]:
+            times[name].append(timed(works[name]))
+        print({name: round(values[-1], 2) for name, values in times.items()}, flush=True)
+    seconds = {name: statistics.median(values) for name, values in times.items()}
+    seconds["LESS's way"] *= args.rows / args.less_rows
+    print(f"medians [s], LESS's way scaled from {args.less_rows} rows:", {k: round(v, 2) for k, v in seconds.items()})
+    result = {
+        "ratio_bare": seconds["ours"] / seconds["bare"],
+        "speedup_less": seconds["LESS's way"] / seconds["ours, LoRA"],
+        "bytes_per_number": sizes[0] / args.rows / args.dimensions,
+    }
+    print("RESULT", json.dumps({key: round(value, 4) for key, value in result.items()}))
+
+
+if __name__ == "__main__":
+    main()
