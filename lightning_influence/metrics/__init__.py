@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning_influence.metrics.class_entropy import ClassEntropy, class_entropy
+from lightning_influence.metrics.rank_agreement import RankAgreement, kendall, spearman
 from lightning_influence.metrics.retrieval import (
     RetrievalAccuracy,
     mean_reciprocal_rank,
@@ -14,11 +15,14 @@ from lightning_influence.metrics.retrieval import (
 
 __all__ = [
     "ClassEntropy",
+    "RankAgreement",
     "RetrievalAccuracy",
     "class_entropy",
+    "kendall",
     "mean_reciprocal_rank",
     "pessimistic_inputs",
     "recall_at_k",
     "retrieval_accuracy",
     "retrieval_ranks",
+    "spearman",
 ]

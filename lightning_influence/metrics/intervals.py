@@ -54,6 +54,27 @@ def normal_interval(values: Tensor, number: float | None = None) -> Interval:
     return mean - half, mean + half
 
 
+def student_interval(values: Tensor) -> Interval:
+    """Mean of a few independent values, such as one for each seed, ± Student's t standard errors.
+
+    Args:
+        values: [n].
+
+    Returns:
+        Both ends; infinite for a single value, whose spread is unknown.
+
+    >>> low, high = student_interval(torch.tensor([1.0, 2.0, 3.0]))
+    >>> round(low, 3), round(high, 3)
+    (-0.484, 4.484)
+    """
+    if len(values) < 2:
+        return -math.inf, math.inf
+    wide = values.double()
+    half = _student(len(values) - 1) * float(wide.std()) / math.sqrt(len(values))
+    mean = float(wide.mean())
+    return mean - half, mean + half
+
+
 def bootstrap_interval(values: Tensor, groups: Tensor, seed: int = 0, resamples: int = 2000) -> list[Interval]:
     """Percentile intervals of means over queries when whole groups of queries are drawn again and again.
 
@@ -75,3 +96,13 @@ def bootstrap_interval(values: Tensor, groups: Tensor, seed: int = 0, resamples:
     means = (times @ sums.T) / (times @ torch.bincount(groups.cpu(), minlength=number).double())[:, None]
     ends = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
     return [(low, high) for low, high in ends.T.tolist()]
+
+
+def _student(freedom: int) -> float:
+    """Two-sided 95 % quantile of Student's distribution: t = √ν tan u, where u has the density cos^(ν-1) u."""
+    angles = torch.linspace(0, math.pi / 2, 200_001, dtype=torch.float64)
+    mass = torch.cumulative_trapezoid(angles.cos() ** (freedom - 1), angles)
+    place = int(torch.searchsorted(mass, 0.95 * mass[-1]))
+    low, high = float(mass[place - 1]), float(mass[place])
+    angle = float(angles[place]) + (0.95 * float(mass[-1]) - low) / (high - low) * float(angles[1])
+    return math.sqrt(freedom) * math.tan(angle)

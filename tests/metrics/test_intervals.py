@@ -7,8 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest, norm
+from scipy.stats import t as student
 
-from lightning_influence.metrics.intervals import bootstrap_interval, normal_interval, wilson_interval
+from lightning_influence.metrics.intervals import (
+    bootstrap_interval,
+    normal_interval,
+    student_interval,
+    wilson_interval,
+)
 
 
 @given(n=st.integers(1, 500), data=st.data())
@@ -32,8 +38,16 @@ def test_normal():
     assert high - low == pytest.approx(4 * half)
 
 
-def test_one_value_has_no_spread():
-    assert normal_interval(torch.tensor([0.5])) == (-math.inf, math.inf)
+@pytest.mark.parametrize("n", [2, 3, 4, 10, 100, 1000])
+def test_student_is_scipys(n):
+    values = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+    mean, error = values.mean().item(), values.std().item() / math.sqrt(n)
+    assert student_interval(values) == pytest.approx(student.interval(0.95, n - 1, mean, error), rel=1e-6)
+
+
+@pytest.mark.parametrize("interval", [normal_interval, student_interval])
+def test_one_value_has_no_spread(interval):
+    assert interval(torch.tensor([0.5])) == (-math.inf, math.inf)
 
 
 def test_bootstrap_agrees_with_the_normal_and_follows_the_seed():
