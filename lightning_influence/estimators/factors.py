@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,13 +30,13 @@ class Factors:
         values: b [n], float64; b_i > 0: adding example i lowers the target loss.
         features: F [n, r] in the dtype and on the device in which they were given; None: no interactions.
         metric: M [r, r], float64, symmetric, not necessarily definite; None: the identity.
-        ids: one id per row.
+        ids: one id per row; a range of row numbers, which takes no memory, where none were given.
     """
 
     values: Tensor
     features: Tensor | None
     metric: Tensor | None
-    ids: tuple[Id, ...]
+    ids: Sequence[Id]
 
     @classmethod
     def checked(
@@ -53,7 +54,7 @@ class Factors:
                 NaN or infinite (the ids are named), or the metric is not symmetric.
         """
         values = _values(call, values)
-        names = check_ids(call, ids, len(values))
+        names = range(len(values)) if ids is None else check_ids(call, ids, len(values))
         features = _features(call, features, len(values))
         metric = _metric(call, metric, features)
         device = values.device if features is None else features.device
@@ -68,6 +69,8 @@ class Factors:
     @cached_property
     def id_ranks(self) -> Tensor:
         """Place [n] of each row's id among the sorted ids: the order in which ties are resolved."""
+        if isinstance(self.ids, range):
+            return torch.arange(len(self), device=self.values.device)
         ranks = torch.empty(len(self), dtype=torch.long)
         by_id = sorted(range(len(self)), key=self.ids.__getitem__)
         ranks[torch.tensor(by_id)] = torch.arange(len(self))
@@ -87,21 +90,21 @@ class Factors:
         if self.features is None:
             return self.values.new_zeros(0)
         total = self.values.new_zeros(self.features.shape[1])
-        for block in self._blocks(rows):
+        for block in self.blocks(rows):
             total += block.sum(dim=0)
         return total
 
     def products(self, direction: Tensor) -> Tensor:
         """F·direction [n] for a direction [r] in feature space, float64."""
-        return torch.cat([block @ direction for block in self._blocks()])
+        return torch.cat([block @ direction for block in self.blocks()])
 
     def self_interactions(self) -> Tensor:
         """K_jj = f_jᵀ M f_j [n], float64."""
-        return torch.cat([(block * self.lift(block)).sum(dim=1) for block in self._blocks()])
+        return torch.cat([(block * self.lift(block)).sum(dim=1) for block in self.blocks()])
 
     def norms(self) -> Tensor:
         """Euclidean norm ‖f_j‖ [n], float64."""
-        return torch.cat([block.norm(dim=1) for block in self._blocks()])
+        return torch.cat([block.norm(dim=1) for block in self.blocks()])
 
     def in_order(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """First-order and interaction part [len(rows)] of the change that each row causes when added in turn.
@@ -112,16 +115,16 @@ class Factors:
         if self.features is None or len(rows) == 0:
             return first_order, torch.zeros_like(first_order)
         parts, before = [], self.shift([])
-        for block in self._blocks(rows):
+        for block in self.blocks(rows):
             midway = before + block.cumsum(dim=0) - 0.5 * block  # U_S + ½ f_j
             parts.append((midway * self.lift(block)).sum(dim=1))
             before = before + block.sum(dim=0)
         return first_order, torch.cat(parts)
 
-    def _index(self, rows: Sequence[int]) -> Tensor:
+    def _index(self, rows: Sequence[int] | Tensor) -> Tensor:
         return torch.as_tensor(rows, dtype=torch.long, device=self.values.device)
 
-    def _blocks(self, rows: Sequence[int] | None = None) -> Iterator[Tensor]:
+    def blocks(self, rows: Sequence[int] | Tensor | None = None) -> Iterator[Tensor]:
         """All features, or those of some rows, in float64, a few rows at a time; each valid until the next."""
         assert self.features is not None
         elements = _BLOCK_ON_CPU if self.features.device.type == "cpu" else _BLOCK_ELSEWHERE
@@ -138,7 +141,7 @@ class Factors:
     def _check_finite(self, call: str) -> None:
         finite = {"values": self.values.isfinite()}
         if self.features is not None:
-            finite["features"] = torch.cat([block.isfinite().all(dim=1) for block in self._blocks()])
+            finite["features"] = torch.cat([block.isfinite().all(dim=1) for block in self.blocks()])
         for argument, good in finite.items():
             check_finite(call, argument, good, self.ids)
 
@@ -193,7 +196,9 @@ def _values(call: str, values: Tensor) -> Tensor:
 def _features(call: str, features: Tensor | None, n: int) -> Tensor | None:
     if features is None:
         return None
-    features = torch.as_tensor(features).detach()
+    with warnings.catch_warnings():  # of arrays that may not be written to, such as a memory map: we only read
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        features = torch.as_tensor(features).detach()
     if features.dim() != 2 or features.shape[0] != n or features.shape[1] == 0 or features.is_complex():
         raise ValueError(
             f"`{call}(features)`: expected a real tensor [n, r], one row for each of the n = {n} values and "

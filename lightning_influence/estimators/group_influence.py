@@ -89,8 +89,9 @@ class Interactions:
     def __post_init__(self) -> None:
         _check_weight("Interactions", self.weight)
         factors = Factors.checked("Interactions", self.values, self.features, self.metric, self.ids)
-        for field in ("values", "features", "metric", "ids"):
+        for field in ("values", "features", "metric"):
             object.__setattr__(self, field, getattr(factors, field))
+        object.__setattr__(self, "ids", tuple(factors.ids))
 
     @classmethod
     def from_scores(

@@ -44,19 +44,7 @@ class SelectionRule(ABC):
         call = f"{self!r}.select"
         pool = Factors.checked(call, values, features, metric, ids)
         rows = self._pick(pool, resolve_budget(budget, len(pool), call))
-        first_order, interaction = (part.cpu() for part in self._parts(pool, rows))
-        gains = first_order + interaction
-        return Selection(
-            ids=tuple(pool.ids[row] for row in rows),
-            positions=tuple(rows),
-            gains=gains,
-            first_order=first_order,
-            interaction=interaction,
-            budget=len(rows),
-            objective=float(gains.sum()),
-            rule=repr(self),
-            pool_size=len(pool),
-        )
+        return selection_of(pool, rows, repr(self), self._parts(pool, rows))
 
     @abstractmethod
     def _pick(self, pool: Factors, budget: int) -> Sequence[int]:
@@ -65,3 +53,20 @@ class SelectionRule(ABC):
     def _parts(self, pool: Factors, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The two parts [k] of each pick's gain, in pick order; a member with an estimate of its own overrides it."""
         return pool.in_order(rows)
+
+
+def selection_of(pool: Factors, rows: Sequence[int], rule: str, parts: tuple[Tensor, Tensor]) -> Selection:
+    """Rows picked in that order, with the first-order and the interaction part [k] of their gains."""
+    first_order, interaction = (part.cpu() for part in parts)
+    gains = first_order + interaction
+    return Selection(
+        ids=tuple(pool.ids[row] for row in rows),
+        positions=tuple(rows),
+        gains=gains,
+        first_order=first_order,
+        interaction=interaction,
+        budget=len(rows),
+        objective=float(gains.sum()),
+        rule=rule,
+        pool_size=len(pool),
+    )

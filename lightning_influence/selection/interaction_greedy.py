@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from lightning_influence.estimators.factors import Factors
 from lightning_influence.selection.base import SelectionRule
+from lightning_influence.selection.greedy_plain import plain_picks
+from lightning_influence.selection.greedy_search import GreedySearch
 
-_ROUNDING = 64 * torch.finfo(torch.float64).eps  # what a product of a few thousand terms may be off
-_LONG = 2e10  # multiplications, about ten seconds on one core
+_DELAY = 5.0  # seconds before a progress bar is shown
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class InteractionGreedy(SelectionRule):
     """Adds, k times, the row that lowers the predicted target loss most, given the rows already chosen.
 
@@ -24,22 +24,37 @@ class InteractionGreedy(SelectionRule):
 
         Δ(j | S) = −b_j + ⟨U_S, w_j⟩ + q_j,    w_j = M f_j,  q_j = ½ f_jᵀ w_j,  U_S = Σ_{i∈S} f_i,
 
-    exactly: every remaining row is evaluated for every pick, in O(k·n·r) time. ⟨U_S, w_j⟩ is taken as ⟨M U_S, f_j⟩,
-    so that besides the features, which may be float32 or smaller, only a few vectors [n] are held. Scores are
-    accumulated in float64. Two rows whose scores float64 cannot tell apart (their rounding errors overlap) are tied,
-    and the smaller id wins. All k rows are picked even when late ones are predicted to raise the loss: read the
-    gains.
+    exactly, in one of two ways that make the same picks:
 
-    A progress bar appears when the run will take more than about ten seconds.
+    - "pruned" predicts many picks, passes once over the rows that may win or tie at any of them, which lower bounds
+      tell, and takes the picks that this proves (`GreedySearch`). Nothing is assumed about M or about the gains.
+    - "plain" evaluates every remaining row for every pick, in O(k·n·r) time.
+
+    Scores that decide are accumulated in float64. Two rows whose scores float64 cannot tell apart (their rounding
+    errors overlap) are tied, and the smaller id wins. All k rows are picked even when late ones are predicted to raise
+    the loss: read the gains. Besides the features, which may be float16 and a memory map, about a tenth of their
+    memory is used. A progress bar appears after five seconds.
 
     >>> import torch
     >>> twins_and_a_loner = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     >>> InteractionGreedy().select(torch.tensor([2.0, 2.0, 1.5]), twins_and_a_loner, budget=2).ids
     (0, 2)
 
+    Attributes:
+        method: "pruned" or "plain".
+
     Raises:
-        ValueError: From `select`, if there are no features.
+        ValueError: If the method is neither; from `select`, if there are no features.
     """
+
+    method: Literal["pruned", "plain"] = "pruned"
+
+    def __post_init__(self) -> None:
+        if self.method not in ("pruned", "plain"):
+            raise ValueError(f"`InteractionGreedy(method={self.method!r})`: expected 'pruned' or 'plain'.")
+
+    def __repr__(self) -> str:
+        return f"InteractionGreedy({'' if self.method == 'pruned' else f'method={self.method!r}'})"
 
     def _pick(self, pool: Factors, budget: int) -> Sequence[int]:
         if pool.features is None:
@@ -47,24 +62,9 @@ class InteractionGreedy(SelectionRule):
                 f"`{self!r}.select(features=None)`: expected features [n, r] with the interactions K = F M Fᵀ. "
                 "Use `TopK()` to select by the values alone."
             )
-        norms = pool.norms()
-        size = 1.0 if pool.metric is None else float(pool.metric.norm())
-        alone = 0.5 * pool.self_interactions() - pool.values  # q_j − b_j; infinite once j is picked
-        errors = pool.values.abs() + 0.5 * size * norms.square()
-        chosen = pool.shift([])
-        picks: list[int] = []
-        work = float(budget) * pool.features.numel()
-        for _ in tqdm(range(budget), desc="InteractionGreedy", unit="row", disable=work < _LONG, leave=False):
-            direction = pool.lift(chosen)
-            scores = alone + pool.products(direction)
-            pick = _smallest(scores, _ROUNDING * (errors + norms * direction.norm()), pool.id_ranks)
-            picks.append(pick)
-            alone[pick] = torch.inf
-            chosen = chosen + pool.shift([pick])
-        return picks
+        picks = _pruned(pool, budget) if self.method == "pruned" else plain_picks(pool, budget)
+        return list(tqdm(picks, desc="InteractionGreedy", total=budget, unit="row", delay=_DELAY, leave=False))
 
 
-def _smallest(scores: Tensor, errors: Tensor, ranks: Tensor) -> int:
-    """Row of the smallest score; of the smallest rank among those that may be the smallest within their errors."""
-    tied = (scores - errors <= (scores + errors).min()).nonzero().flatten()
-    return int(tied[ranks[tied].argmin()])
+def _pruned(pool: Factors, budget: int) -> Iterator[int]:
+    return (pick.position for pick in GreedySearch(pool, pool.id_ranks).picks(budget))

@@ -27,7 +27,16 @@ from tests import oracles
 from tests.selection.cases import Pool, clustered_pool, pools
 
 BY_ID = [BalancedRandom(lambda name: len(str(name))), RoundRobin(torch.ones(2, 3))]  # know rows by their ids
-RULES = [TopK(), InteractionGreedy(), NewtonGreedy(), Random(seed=3), RedundancyFilter(1), FacilityLocation(), *BY_ID]
+RULES = [
+    TopK(),
+    InteractionGreedy(),
+    InteractionGreedy("plain"),
+    NewtonGreedy(),
+    Random(seed=3),
+    RedundancyFilter(1),
+    FacilityLocation(),
+    *BY_ID,
+]
 every_rule = pytest.mark.parametrize("rule", RULES, ids=repr)
 
 

@@ -89,6 +89,6 @@ def test_without_features() -> None:
 def test_a_bar_only_when_long(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     greedy(clustered_pool(30), 5)
     assert capfd.readouterr() == ("", "")
-    monkeypatch.setattr(interaction_greedy, "_LONG", 1)
+    monkeypatch.setattr(interaction_greedy, "_DELAY", 0)
     greedy(clustered_pool(30), 5)
     assert "InteractionGreedy" in capfd.readouterr().err

@@ -1,0 +1,91 @@
+"""Which picks a greedy choice will make next: a guess with exact scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_influence.estimators.factors import Factors
+from lightning_influence.selection.greedy_exchange import Exchange
+from lightning_influence.selection.greedy_ties import ROUNDING, metric_size, smallest
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Rows among which the next picks are guessed; float64 but for the keys.
+
+    Attributes:
+        features: [c, r].
+        scores: Marginal scores [c] at the present U.
+        errors: Rounding errors [c] of q − b.
+        keys: The order [c] in which ties are resolved.
+    """
+
+    features: Tensor
+    scores: Tensor
+    errors: Tensor
+    keys: Tensor
+
+    def best(self, count: int, exchange: Exchange) -> Candidates:
+        """The ``count`` of all ranks with the smallest scores; the same on every rank."""
+        scores = exchange.gather(self.scores)
+        chosen = scores.argsort(stable=True)[:count]
+        parts = (exchange.gather(part)[chosen] for part in (self.features, self.errors, self.keys))
+        features, errors, keys = parts
+        return Candidates(features, scores[chosen], errors, keys)
+
+
+@dataclass(frozen=True)
+class Path:
+    """Predicted picks.
+
+    Attributes:
+        keys: Of the picks [m].
+        shifts: Their features [m, r], float64.
+        directions: M U [m + 1, r] before each pick and after the last, float64.
+        limits: Upper ends [m] of the winning scores with their errors, float64.
+        floors: Lower ends [m] of the scores of the predicted picks with their errors, float64.
+    """
+
+    keys: Tensor
+    shifts: Tensor
+    directions: Tensor
+    limits: Tensor
+    floors: Tensor
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def predict(pool: Factors, total: Tensor, candidates: Candidates, steps: int, exchange: Exchange) -> Path:
+    """The greedy choice among a few candidates, from U = ``total`` [r]."""
+    steps = min(steps, len(candidates.keys))
+    places, limits, floors = exchange.agree(_simulate(pool, total, candidates, steps))
+    picks = places.long()
+    shifts = candidates.features[picks]
+    directions = [pool.lift(total)]
+    for shift in shifts:  # one after the other, as the plain loop does: sums in another order round differently
+        total = total + shift
+        directions.append(pool.lift(total))
+    return Path(candidates.keys[picks], shifts, torch.stack(directions), limits, floors)
+
+
+def _simulate(pool: Factors, total: Tensor, candidates: Candidates, steps: int) -> Tensor:
+    """Places of the picks among the candidates and limits and floors of their scores [3, steps]."""
+    features, scores = candidates.features, candidates.scores
+    norms, size = features.norm(dim=1), metric_size(pool)
+    reach = total.norm()  # with what is added, never below ‖U‖
+    picks, ends = [], []
+    for _ in range(steps):
+        # 4: these scores are summed in another order than the plain ones
+        errors = 4 * (candidates.errors + ROUNDING * size * reach * norms)
+        pick = smallest(scores, errors, candidates.keys)
+        picks.append(pick)
+        ends.append(torch.stack([(scores + errors).min(), scores[pick] - errors[pick]]))
+        scores = scores + features @ pool.lift(features[pick])
+        scores[pick] = torch.inf
+        reach = reach + norms[pick]
+    places = torch.tensor(picks, dtype=torch.float64, device=scores.device)
+    return torch.cat([places[None], torch.stack(ends, dim=1)])

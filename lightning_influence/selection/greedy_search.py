@@ -1,0 +1,131 @@
+"""Algorithm 1 in rounds: a run of picks is predicted, then proven or corrected in one pass over what may still win."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_influence.estimators.factors import Factors
+from lightning_influence.selection.greedy_bounds import GreedyBounds
+from lightning_influence.selection.greedy_exchange import Alone, Exchange
+from lightning_influence.selection.greedy_path import Candidates, Path, predict
+from lightning_influence.selection.greedy_sweep import Sweep, sweep_dtype
+from lightning_influence.selection.greedy_ties import ROUNDING, magnitudes, metric_size, smallest
+
+_FIRST_STEPS, _MOST_STEPS = 8, 64  # picks predicted in a round
+_FEWEST_CANDIDATES, _MOST_CANDIDATES = 256, 1024  # rows among which the next picks are looked for
+_CANDIDATE_SHARE = 128  # one row in so many: a few per cent of the features, in float64
+_BOUND_ROWS = 4096  # rows whose bounds are taken at a time
+
+
+@dataclass(frozen=True)
+class Pick:
+    """One pick: its position in the whole pool, b of the row, and its marginal score."""
+
+    position: int
+    value: float
+    score: float
+
+
+class GreedySearch:
+    """The picks of Algorithm 1 ([IA] section 3.2) with most of its evaluations left out.
+
+    Each round
+
+    1. predicts the next m picks: the greedy choice among a few hundred rows with the best estimated scores. Their
+       exact scores are upper limits on the winning scores along the predicted path;
+    2. goes through all rows. A row whose lower bound (`GreedyBounds`) is above the limit at every step is left alone.
+       The others are evaluated for all m steps in one matrix product, in float32 with a bound on its rounding error,
+       and their bounds are renewed. Those that may win or tie at some step are evaluated in float64 (`Sweep`);
+    3. takes the winner of every step, by float64 scores, ties by key, as the plain loop does, up to the first step
+       whose winner is not the predicted one; that winner is taken too, the steps after it are void.
+
+    At least one pick is made in every round, and nothing is assumed about M: prediction and bounds decide only how
+    fast it goes.
+
+    Args:
+        pool: The rows of this process.
+        keys: The order [n] in which ties are resolved, int64, unique in the whole pool.
+        exchange: How ranks that share the pool talk.
+    """
+
+    def __init__(self, pool: Factors, keys: Tensor, exchange: Exchange | None = None) -> None:
+        self._pool, self._keys, self._exchange = pool, keys, Alone() if exchange is None else exchange
+        self._bounds = GreedyBounds(pool)
+        self._alone = self._bounds.own.mul_(0.5).sub_(pool.values)  # q_j − b_j; infinite once j is picked
+        self._size = metric_size(pool)
+        assert pool.features is not None
+        self._dtype = sweep_dtype(pool.features, float(self._bounds.norms.max()))
+        self._total = pool.shift([])
+        self._steps = _FIRST_STEPS
+        for start in range(0, len(pool), _BOUND_ROWS):
+            rows = torch.arange(start, min(start + _BOUND_ROWS, len(pool)), device=keys.device)
+            self._bounds.refresh(rows, self._alone[rows] - self._errors(rows), 0)
+
+    def picks(self, budget: int) -> Iterator[Pick]:
+        """The first ``budget`` picks, no more than there are rows in the whole pool."""
+        while budget > 0:
+            path = self._predict(min(self._steps, budget))
+            made = self._decide(path, self._sweep(path))
+            yield from made
+            budget -= len(made)
+            self._steps = min(_MOST_STEPS, max(2 * len(made), _FIRST_STEPS))
+
+    def _errors(self, rows: Tensor) -> Tensor:
+        """Rounding errors [rows] of q − b."""
+        return ROUNDING * magnitudes(self._pool.values[rows], self._bounds.norms[rows].double(), self._size)
+
+    def _predict(self, steps: int) -> Path:
+        assert self._pool.features is not None
+        direction = self._pool.lift(self._total)
+        estimates = self._bounds.estimates(direction, _BOUND_ROWS)
+        count = min(max(len(self._pool) // _CANDIDATE_SHARE, _FEWEST_CANDIDATES), _MOST_CANDIDATES)
+        rows = estimates.topk(min(count, len(estimates)), largest=False).indices
+        rows = rows[self._alone[rows].isfinite()]
+        features = self._pool.features[rows].double()
+        scores = self._alone[rows] + features @ direction
+        candidates = Candidates(features, scores, self._errors(rows), self._keys[rows])
+        return predict(self._pool, self._total, candidates.best(count, self._exchange), steps, self._exchange)
+
+    def _sweep(self, path: Path) -> Tensor:
+        """Rows [e, 6] that may win or tie: step, position, key, b, score, error; of all ranks."""
+        bounds = self._bounds
+        line = bounds.add_reference(path.directions[-1])
+        table = bounds.table(path.directions[:-1])
+        blocks = range(0, len(self._pool), _BOUND_ROWS)
+        alive = torch.cat([bounds.rows_below(table, path.limits, start, start + _BOUND_ROWS) for start in blocks])
+        sweep = Sweep(self._pool, path, self._alone, self._keys, self._dtype)
+        for start in range(0, len(alive), sweep.rows_at_a_time):
+            rows = alive[start : start + sweep.rows_at_a_time]
+            lowest = sweep.evaluate(rows, bounds.upper_norms(rows), self._errors(rows))
+            bounds.refresh(rows, lowest, line)
+        found = sweep.found()
+        found[:, 1] += self._exchange.offset
+        return self._exchange.gather(found)
+
+    def _decide(self, path: Path, found: Tensor) -> list[Pick]:
+        picks = []
+        for step in range(len(path)):
+            here = found[found[:, 0] == step]
+            _, position, key, value, score, _ = here[smallest(here[:, 4], here[:, 5], here[:, 2])].tolist()
+            picks.append(Pick(int(position), value, score))
+            expected = key == float(path.keys[step])
+            self._take(int(position), path.shifts[step] if expected else None)
+            if not expected:
+                break
+        return picks
+
+    def _take(self, position: int, shift: Tensor | None) -> None:
+        """Adds a pick to U; its features are asked of the rank that has them where they are not known."""
+        row = position - self._exchange.offset
+        mine = 0 <= row < len(self._pool)
+        if shift is None:
+            own = self._pool.shift([row] if mine else [])
+            shift = self._exchange.gather(own[None] if mine else own[None][:0])[0]
+        self._total = self._total + shift
+        if mine:
+            self._alone[row] = torch.inf
+            self._bounds.drop(row)
