@@ -9,6 +9,7 @@ from lightning_influence.selection.aggregate import (
 from lightning_influence.selection.balanced_random import BalancedRandom
 from lightning_influence.selection.base import SelectionRule
 from lightning_influence.selection.budget import check_budget, resolve_budget
+from lightning_influence.selection.certificate import certify
 from lightning_influence.selection.component_cross_validation import (
     ComponentCrossValidation,
     ComponentSplit,
@@ -51,6 +52,7 @@ __all__ = [
     "SelectionRule",
     "TopK",
     "aggregate",
+    "certify",
     "check_budget",
     "component_score",
     "component_values",

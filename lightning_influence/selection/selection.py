@@ -67,6 +67,11 @@ class Selection:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def optimality_gap(self) -> float | None:
+        """How much lower than the objective that of the best choice of k rows can be at most; None if not certified."""
+        return None if self.lower_bound is None else self.objective - self.lower_bound
+
     def to_dict(self) -> dict[str, Any]:
         """Everything in plain Python, ready for JSON."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
