@@ -29,6 +29,7 @@ from lightning_influence.selection.newton_greedy import NewtonGreedy
 from lightning_influence.selection.newton_pool import NewtonPool, RidgeChoice
 from lightning_influence.selection.random import Random
 from lightning_influence.selection.redundancy_filter import RedundancyFilter
+from lightning_influence.selection.refinement import refine
 from lightning_influence.selection.round_robin import RoundRobin
 from lightning_influence.selection.selection import Selection
 from lightning_influence.selection.top_k import TopK
@@ -58,6 +59,7 @@ __all__ = [
     "component_values",
     "cross_validate_components",
     "greedy_components",
+    "refine",
     "resolve_budget",
     "select_by_scores",
     "single_component_scores",

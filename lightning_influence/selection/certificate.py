@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -67,24 +66,15 @@ def certify(
         bound = -float(pool.values.topk(len(selection)).values.sum())
     else:
         bound = _relaxed(_convex(pool), len(selection), tolerance, steps)
-    return replace(selection, lower_bound=min(bound, selection.objective))
+    return selection.certified(bound)
 
 
 def _check(pool: Factors, selection: Selection, tolerance: float, steps: int) -> None:
-    if len(pool) != selection.pool_size:
-        raise ValueError(
-            f"`certify(values)`: expected the pool of the selection, with {selection.pool_size} rows. Got {len(pool)}."
-        )
-    if any(row >= len(pool) or pool.ids[row] != name for row, name in _rows(selection)):
-        raise ValueError("`certify(ids)`: expected the ids of the pool of the selection, in the same order.")
+    selection.check_pool("certify", pool.ids)
     if not tolerance > 0:
         raise ValueError(f"`certify(tolerance={tolerance!r})`: expected a number > 0, such as 1e-4.")
     if type(steps) is not int or steps < 1:
         raise ValueError(f"`certify(steps={steps!r})`: expected an int >= 1.")
-
-
-def _rows(selection: Selection) -> Iterable[tuple[int, Id]]:
-    return zip(selection.positions, selection.ids, strict=True)
 
 
 def _convex(pool: Factors) -> Factors:

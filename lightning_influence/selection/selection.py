@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,6 +71,20 @@ class Selection:
     def optimality_gap(self) -> float | None:
         """How much lower than the objective that of the best choice of k rows can be at most; None if not certified."""
         return None if self.lower_bound is None else self.objective - self.lower_bound
+
+    def check_pool(self, call: str, ids: Sequence[Id]) -> None:
+        """Raises ValueError if these are not the ids [n] of the pool that was chosen from."""
+        if len(ids) != self.pool_size:
+            raise ValueError(
+                f"`{call}(values)`: expected the pool of the selection, with {self.pool_size} rows. Got {len(ids)}."
+            )
+        if any(ids[row] != name for row, name in zip(self.positions, self.ids, strict=True)):
+            raise ValueError(f"`{call}(ids)`: expected the ids of the pool of the selection, in the same order.")
+
+    def certified(self, lower_bound: float | None) -> Selection:
+        """The same with a lower bound, cut off at the objective."""
+        bound = lower_bound if lower_bound is None else min(lower_bound, self.objective)
+        return replace(self, lower_bound=bound)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything in plain Python, ready for JSON."""
