@@ -70,3 +70,22 @@ def selection_of(pool: Factors, rows: Sequence[int], rule: str, parts: tuple[Ten
         rule=rule,
         pool_size=len(pool),
     )
+
+
+def check_pool(call: str, pool: Factors, selection: Selection) -> None:
+    """Raises ValueError unless the selection is one of that pool and its objective that of `Factors`."""
+    if len(pool) != selection.pool_size:
+        raise ValueError(
+            f"`{call}(values)`: expected the pool of the selection, with {selection.pool_size} rows. Got {len(pool)}."
+        )
+    if any(pool.ids[row] != name for row, name in zip(selection.positions, selection.ids, strict=True)):
+        raise ValueError(f"`{call}(ids)`: expected the ids of the pool of the selection, in the same order.")
+    first_order, interaction = pool.in_order(selection.positions)
+    size = float(first_order.abs().sum() + interaction.abs().sum())
+    objective = float((first_order + interaction).sum())
+    if abs(objective - selection.objective) > 1e-9 * size:
+        raise ValueError(
+            f"`{call}(selection)`: expected an objective of −Σ b + ½ UᵀMU, which is {objective:.6g} for these rows, "
+            f"values, features and metric. Got {selection.objective:.6g}: pass what the rule was given, at the same "
+            "weight; rules with another estimate, such as NewtonGreedy, are not covered."
+        )

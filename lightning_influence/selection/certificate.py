@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.estimators.factors import Factors, Id
+from lightning_influence.selection.base import check_pool
 from lightning_influence.selection.greedy_ties import ROUNDING
 from lightning_influence.selection.selection import Selection
 
@@ -70,7 +71,7 @@ def certify(
 
 
 def _check(pool: Factors, selection: Selection, tolerance: float, steps: int) -> None:
-    selection.check_pool("certify", pool.ids)
+    check_pool("certify", pool, selection)
     if not tolerance > 0:
         raise ValueError(f"`certify(tolerance={tolerance!r})`: expected a number > 0, such as 1e-4.")
     if type(steps) is not int or steps < 1:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.estimators.factors import Factors, Id
-from lightning_influence.selection.base import selection_of
+from lightning_influence.selection.base import check_pool, selection_of
 from lightning_influence.selection.greedy_ties import ROUNDING, magnitudes, metric_size
 from lightning_influence.selection.selection import Selection
 
@@ -49,13 +49,13 @@ def refine(
         raise ValueError("`refine(features=None)`: expected features [n, r]; rows that do not interact need no swaps.")
     if type(sweeps) is not int or sweeps < 1:
         raise ValueError(f"`refine(sweeps={sweeps!r})`: expected an int >= 1.")
-    selection.check_pool("refine", pool.ids)
+    check_pool("refine", pool, selection)
     rows = list(selection.positions)
     swaps = _Swaps(pool, rows)
     for _ in range(sweeps):
         if not sum(swaps.exchange(place) for place in range(len(rows))):
             break
-    refined = selection_of(pool, swaps.rows, f"{selection.rule}, refined")
+    refined = selection_of(pool, swaps.rows, f"{selection.rule}, refined", pool.in_order(swaps.rows))
     better = refined if refined.objective < selection.objective else selection
     return better.certified(selection.lower_bound)
 

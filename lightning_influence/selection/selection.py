@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -71,15 +71,6 @@ class Selection:
     def optimality_gap(self) -> float | None:
         """How much lower than the objective that of the best choice of k rows can be at most; None if not certified."""
         return None if self.lower_bound is None else self.objective - self.lower_bound
-
-    def check_pool(self, call: str, ids: Sequence[Id]) -> None:
-        """Raises ValueError if these are not the ids [n] of the pool that was chosen from."""
-        if len(ids) != self.pool_size:
-            raise ValueError(
-                f"`{call}(values)`: expected the pool of the selection, with {self.pool_size} rows. Got {len(ids)}."
-            )
-        if any(ids[row] != name for row, name in zip(self.positions, self.ids, strict=True)):
-            raise ValueError(f"`{call}(ids)`: expected the ids of the pool of the selection, in the same order.")
 
     def certified(self, lower_bound: float | None) -> Selection:
         """The same with a lower bound, cut off at the objective."""

@@ -87,3 +87,9 @@ def test_bad_input(changes: dict[str, Any], message: str) -> None:
     selection = TopK().select(torch.ones(3), budget=1)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         certify(selection, **{"values": torch.ones(3), **changes})
+
+
+def test_an_objective_of_another_kind_is_refused() -> None:
+    selection = TopK().select(torch.ones(3), torch.ones(3, 1), budget=2)
+    with pytest.raises(ValueError, match=r"which is -2 for these rows, .* Got 0: pass what the rule was given"):
+        certify(selection, torch.ones(3))
