@@ -31,6 +31,34 @@ def group_influence(
     return float(target_gradient @ shift + second)
 
 
+def group_estimate(
+    gradients: Tensor,
+    hessian: Tensor,
+    member_hessians: Tensor,
+    target_gradient: Tensor,
+    target_hessian: Tensor,
+    rows: Sequence[int],
+    method: str,
+    change: str,
+    weight: float,
+) -> float:
+    """F, F+I, F+B, F+I+B, N or N+I of removing or adding the rows, with the matrices H, H_i and H_f as they are."""
+    epsilon = -weight if change == "removal" else weight  # weight that the group gets on top of its own
+    total = sum((gradients[row] for row in rows), torch.zeros_like(target_gradient))
+    own = sum((member_hessians[row] for row in rows), torch.zeros_like(hessian))
+    inverse = torch.linalg.inv(hessian)
+    if method.startswith("N"):
+        shift = -epsilon * torch.linalg.inv(hessian + epsilon * own) @ total
+    else:
+        shift = -epsilon * inverse @ total
+    value = target_gradient @ shift
+    if method.endswith("B"):  # half the second derivative of the minimiser in epsilon, times epsilon²
+        value = value + epsilon**2 * target_gradient @ inverse @ own @ inverse @ total
+    if "I" in method:
+        value = value + 0.5 * shift @ target_hessian @ shift
+    return float(value)
+
+
 def addition_objective(values: Tensor, interactions: Tensor, rows: Sequence[int]) -> float:
     """−Σ b_i + ½ Σ_ij K_ij, one pair at a time, from the dense K [n, n]."""
     total = 0.0
@@ -139,6 +167,11 @@ def softmax_hessian(inputs: Tensor, parameters: Tensor, decay: float) -> Tensor:
     blocks = [[(inputs.T * (p[:, a] * (float(a == b) - p[:, b]))) @ inputs / n for b in range(c)] for a in range(c)]
     hessian = torch.cat([torch.cat(row, dim=1) for row in blocks])
     return hessian + decay * torch.eye(len(hessian)).double()
+
+
+def softmax_example_hessians(inputs: Tensor, parameters: Tensor) -> Tensor:
+    """Hessian (diag(p_i) − p_i p_iᵀ) ⊗ x_i x_iᵀ of each example's loss [n, c · d, c · d]."""
+    return torch.stack([softmax_hessian(row[None], parameters, 0.0) for row in inputs])
 
 
 def fit_softmax(inputs: Tensor, labels: Tensor, classes: int, decay: float, start: Tensor | None = None) -> Tensor:

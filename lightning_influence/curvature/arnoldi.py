@@ -68,6 +68,14 @@ class Arnoldi(IterativeCurvature):
         """Constructor arguments."""
         return {**super().settings(), "rank": self.rank, "steps": self.steps, "tolerance": self.tolerance}
 
+    def multiply(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``U^T Λ U V`` of the whole gradient, components together."""
+        self._check_fitted()
+        flat = self._flat(gradients)
+        columns = self.vectors.to(flat.device)
+        coordinates = flat.to(columns) @ columns.mT * self.eigenvalues.to(columns)
+        return self._by_component(coordinates @ columns, gradients)
+
     def state(self) -> dict[str, Tensor]:
         """Eigenpairs, and the damping that goes with them."""
         self._check_fitted()

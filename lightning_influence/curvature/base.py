@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ class Curvature(ABC):
         omitted: Ids of the examples that `fit` left out because it was asked to.
     """
 
-    num_passes: ClassVar[int] = 0
+    num_passes: int = 0
     fisher: Fisher = "sampled"
     seed: int = 0
     components: tuple[Component, ...] = ()
@@ -106,6 +106,14 @@ class Curvature(ABC):
     def whitened(self, records: Iterable[tuple[Component, LayerRecord]]) -> Tensor:
         """`whiten` for all components of a batch, side by side: [n, r]. Curvatures that couple them override it."""
         return torch.cat([self.whiten(component, record) for component, record in records], dim=1)
+
+    @abstractmethod
+    def multiply(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``G V`` without damping, by component: each [q, *shape] -> [q, *shape].
+
+        Raises:
+            NotFittedError: Before the last pass is finished.
+        """
 
     def partial(self) -> dict[str, Tensor]:
         """The sums of the current pass, to be added up over parts of the data (ranks) in place.
@@ -268,6 +276,16 @@ class Curvature(ABC):
         known = kept.ids
         rest = [k for k in needed if k not in known]
         return ExampleLoader(loader, indices=rest) if rest else []
+
+    def _flat(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """[q, P]: the components one after another."""
+        return torch.cat([gradients[c.name].flatten(1) for c in self.components], dim=1)
+
+    def _by_component(self, rows: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """[q, P] in the shapes and dtypes of ``like``."""
+        parts = torch.split(rows, [c.numel for c in self.components], dim=1)
+        names = (c.name for c in self.components)
+        return {name: part.reshape(like[name].shape).to(like[name]) for name, part in zip(names, parts, strict=True)}
 
     def _check_fitted(self) -> None:
         if not self.fitted:

@@ -58,8 +58,16 @@ class Block(ABC):
         """Of the block, in its own basis."""
 
     @abstractmethod
+    def scaled(self, gradients: Tensor, factors: Tensor) -> Tensor:
+        """``Q diag(factors) Q^T V`` in the block's basis Q, factors like `eigenvalues`: [q, *shape] -> [q, *shape]."""
+
     def solve(self, gradients: Tensor, damping: float) -> Tensor:
         """``(block + damping I)^{-1} V``, [q, *shape] -> [q, *shape]."""
+        return self.scaled(gradients, (self.eigenvalues() + damping).reciprocal())
+
+    def multiply(self, gradients: Tensor) -> Tensor:
+        """``block V``, without damping: [q, *shape] -> [q, *shape]."""
+        return self.scaled(gradients, self.eigenvalues())
 
     @abstractmethod
     def whiten(self, record: LayerRecord, damping: float) -> Tensor:
@@ -151,11 +159,11 @@ class KroneckerBlock(Block):
         """Lambda, [o, i]."""
         return self.fitted["eigenvalues"]
 
-    def solve(self, gradients: Tensor, damping: float) -> Tensor:
+    def scaled(self, gradients: Tensor, factors: Tensor) -> Tensor:
         """[q, o, i] -> [q, o, i]."""
         left, right = self._basis("gradient"), self._basis("input")
         rotated = rotate(rotate(gradients.to(left[0].dtype).mT, left).mT, right)
-        return back(back(rotated / (self.eigenvalues() + damping), right).mT, left).mT
+        return back(back(rotated * factors, right).mT, left).mT
 
     def _covariances(self, side: str) -> list[Tensor]:
         return [total for key, total in self.sums.items() if key.startswith(f"{side}_covariance.")]
@@ -229,11 +237,11 @@ class DenseBlock(Block):
         """[P]."""
         return self.fitted["eigenvalues"]
 
-    def solve(self, gradients: Tensor, damping: float) -> Tensor:
+    def scaled(self, gradients: Tensor, factors: Tensor) -> Tensor:
         """[q, *shape] -> [q, *shape]."""
         basis = self.fitted["basis"]
         rotated = gradients.flatten(1).to(basis.dtype) @ basis
-        return ((rotated / (self.eigenvalues() + damping)) @ basis.mT).reshape(gradients.shape)
+        return ((rotated * factors) @ basis.mT).reshape(gradients.shape)
 
     def whiten(self, record: LayerRecord, damping: float) -> Tensor:
         """[n, P]."""
@@ -262,9 +270,9 @@ class DiagonalBlock(Block):
         """[*shape]."""
         return self.fitted["eigenvalues"]
 
-    def solve(self, gradients: Tensor, damping: float) -> Tensor:
+    def scaled(self, gradients: Tensor, factors: Tensor) -> Tensor:
         """[q, *shape] -> [q, *shape]."""
-        return gradients / (self.eigenvalues() + damping)
+        return gradients * factors
 
     def whiten(self, record: LayerRecord, damping: float) -> Tensor:
         """[n, P]."""

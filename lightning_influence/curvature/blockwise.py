@@ -158,6 +158,11 @@ class BlockwiseCurvature(Curvature):
         block = self.blocks[component.name]
         return block.whiten(record, damping_of(block.eigenvalues(), self.damping, self.damping_share))
 
+    def multiply(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``G_c V`` of every component."""
+        self._check_fitted()
+        return {c.name: self.blocks[c.name].multiply(gradients[c.name]) for c in self.components}
+
     def partial(self) -> dict[str, Tensor]:
         """Sums of the current pass, keyed ``component/sum``."""
         return {f"{name}/{key}": value for name, block in self.blocks.items() for key, value in block.sums.items()}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from lightning_influence.capture import Component, LayerRecord
 from lightning_influence.curvature.blocks import DiagonalBlock
 from lightning_influence.curvature.blockwise import BlockwiseCurvature
@@ -17,7 +15,7 @@ class Diagonal(BlockwiseCurvature):
     Arguments are those of `BlockwiseCurvature`.
     """
 
-    num_passes: ClassVar[int] = 1
+    num_passes = 1
 
     def block(self, component: Component, record: LayerRecord) -> DiagonalBlock:
         """Squares of the example gradients."""

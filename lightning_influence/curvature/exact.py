@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class Exact(Curvature):
         ValueError: If an argument is out of range, or the model has too many parameters for a dense matrix.
     """
 
-    num_passes: ClassVar[int] = 1
+    num_passes = 1
 
     def __init__(
         self,
@@ -84,10 +84,14 @@ class Exact(Curvature):
     def precondition(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``(G + damping I)^{-1}`` of the whole gradient, components together."""
         self._check_fitted()
-        flat = torch.cat([gradients[c.name].flatten(1) for c in self.components], dim=1)
-        solved = torch.split(self._apply(flat.double()).to(flat.dtype), [c.numel for c in self.components], dim=1)
-        pairs = zip(self.components, solved, strict=True)
-        return {c.name: part.reshape(gradients[c.name].shape) for c, part in pairs}
+        rows = self._flat(gradients).double() @ self.basis / (self.eigenvalues + self._damping())
+        return self._by_component(rows @ self.basis.mT, gradients)
+
+    def multiply(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``G V`` of the whole gradient, components together."""
+        self._check_fitted()
+        rows = self._flat(gradients).double() @ self.basis * self.eigenvalues
+        return self._by_component(rows @ self.basis.mT, gradients)
 
     def solve(self, component: Component, gradients: Tensor) -> Tensor:
         """The same for the component's own diagonal block, as if the others were fixed."""
@@ -157,7 +161,3 @@ class Exact(Curvature):
 
     def _damping(self) -> float:
         return damping_of(self.eigenvalues, self.damping, self.damping_share)
-
-    def _apply(self, flat: Tensor) -> Tensor:
-        rotated = flat @ self.basis / (self.eigenvalues + self._damping())
-        return torch.matmul(rotated, self.basis.mT)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from lightning_influence.curvature.base import Curvature
 class Identity(Curvature):
     """``solve`` returns its argument; nothing is fitted and nothing is stored."""
 
-    num_passes: ClassVar[int] = 0
+    num_passes = 0
 
     def __init__(self) -> None:
         self.fitted = True
@@ -39,6 +39,10 @@ class Identity(Curvature):
 
     def precondition(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same, for the components of whatever model."""
+        return dict(gradients)
+
+    def multiply(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The gradients themselves."""
         return dict(gradients)
 
     def settings(self) -> dict[str, Any]:

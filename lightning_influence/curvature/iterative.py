@@ -6,7 +6,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ class IterativeCurvature(Curvature):
         ValueError: If an argument is out of range.
     """
 
-    num_passes: ClassVar[int] = 1
+    num_passes = 1
 
     def __init__(
         self,
@@ -184,10 +184,12 @@ class IterativeCurvature(Curvature):
     def precondition(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``(G + damping I)^{-1}`` of the whole gradient, components together."""
         self._check_fitted()
-        flat = torch.cat([gradients[c.name].flatten(1) for c in self.components], dim=1)
-        solved = torch.split(self._apply(self.components, flat), [c.numel for c in self.components], dim=1)
-        pairs = zip(self.components, solved, strict=True)
-        return {c.name: part.reshape(gradients[c.name].shape) for c, part in pairs}
+        return self._by_component(self._apply(self.components, self._flat(gradients)), gradients)
+
+    def multiply(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``G V`` of the whole gradient, components together, by one pass over the data."""
+        self._check_fitted()
+        return self._by_component(self._block(self.components)(self._flat(gradients)), gradients)
 
     def solve(self, component: Component, gradients: Tensor) -> Tensor:
         """The same for the component's own diagonal block, as if the others were fixed."""

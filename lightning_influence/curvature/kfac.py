@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from lightning_influence.curvature.kronecker import KroneckerCurvature
 
 
@@ -13,4 +11,4 @@ class KFAC(KroneckerCurvature):
     Arguments are those of `KroneckerCurvature`, which says how each kind of layer is covered.
     """
 
-    num_passes: ClassVar[int] = 1
+    num_passes = 1

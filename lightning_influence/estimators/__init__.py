@@ -10,8 +10,11 @@ from lightning_influence.estimators.component_dots import ComponentDots
 from lightning_influence.estimators.embedding_similarity import EmbeddingSimilarity
 from lightning_influence.estimators.gradient_dot import GradientDot
 from lightning_influence.estimators.gradient_matrix import GradientMatrix
-from lightning_influence.estimators.group_influence import Interactions
+from lightning_influence.estimators.group_effects import GroupEffects
+from lightning_influence.estimators.group_influence import GroupInfluence
 from lightning_influence.estimators.influence_function import InfluenceFunction
+from lightning_influence.estimators.interaction_views import ClassInteractions, Spectrum
+from lightning_influence.estimators.interactions import Interactions
 from lightning_influence.estimators.less import less_scores
 from lightning_influence.estimators.lexical import Lexical
 from lightning_influence.estimators.merged import merged
@@ -20,6 +23,12 @@ from lightning_influence.estimators.projected_dot import ProjectedDot, pair_prod
 from lightning_influence.estimators.representation import RepresentationSimilarity
 from lightning_influence.estimators.row_scores import LengthScore, LossScore
 from lightning_influence.estimators.scores import Scores
+from lightning_influence.estimators.target_curvature import (
+    TargetCurvature,
+    TargetMatrix,
+    TargetProduct,
+    TargetRows,
+)
 from lightning_influence.estimators.token_scores import TokenScores
 from lightning_influence.estimators.top_scores import TopScores
 from lightning_influence.estimators.tracin import TracIn
@@ -31,12 +40,15 @@ __all__ = [
     "TRAK",
     "AdamDot",
     "CandidateScores",
+    "ClassInteractions",
     "ComponentDots",
     "Distance",
     "EmbeddingSimilarity",
     "Estimator",
     "GradientDot",
     "GradientMatrix",
+    "GroupEffects",
+    "GroupInfluence",
     "InfluenceFunction",
     "Interactions",
     "LengthScore",
@@ -47,6 +59,11 @@ __all__ = [
     "RepresentationSimilarity",
     "Scorer",
     "Scores",
+    "Spectrum",
+    "TargetCurvature",
+    "TargetMatrix",
+    "TargetProduct",
+    "TargetRows",
     "TokenScores",
     "TopScores",
     "TracIn",

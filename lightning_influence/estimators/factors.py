@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -160,17 +160,53 @@ def check_ids(call: str, ids: Iterable[Id] | None, n: int) -> tuple[Id, ...]:
     """Ids of a pool of n examples as plain ints or strs, row numbers for None; raises ValueError if unfit."""
     if ids is None:
         return tuple(range(n))
-    given = [_plain(name) for name in (ids.tolist() if hasattr(ids, "tolist") else ids)]
-    if len(given) != n:
-        raise ValueError(f"`{call}(ids)`: expected one id for each of the {n} values. Got {len(given)}.")
-    kinds = sorted({type(name).__name__ for name in given})
-    if kinds not in (["int"], ["str"]):
-        raise ValueError(f"`{call}(ids)`: expected ids that are all int or all str. Got {', '.join(kinds)}.")
-    names = tuple(name for name in given if isinstance(name, int | str))
+    names = check_labels(call, "ids", ids, n)
     repeated = [name for name, times in Counter(names).items() if times > 1]
     if repeated:
         raise ValueError(f"`{call}(ids)`: expected unique ids. More than once: {few(repeated)}.")
     return names
+
+
+def check_labels(call: str, argument: str, labels: Iterable[Id], n: int) -> tuple[Id, ...]:
+    """One label for each of n examples, as plain ints or strs; raises ValueError if unfit."""
+    given = [_plain(name) for name in (labels.tolist() if hasattr(labels, "tolist") else labels)]
+    if len(given) != n:
+        raise ValueError(
+            f"`{call}({argument})`: expected one {argument[:-1]} for each of the {n} values. Got {len(given)}."
+        )
+    kinds = sorted({type(name).__name__ for name in given})
+    if kinds not in (["int"], ["str"]):
+        raise ValueError(
+            f"`{call}({argument})`: expected {argument} that are all int or all str. Got {', '.join(kinds)}."
+        )
+    return tuple(name for name in given if isinstance(name, int | str))
+
+
+def check_weight(call: str, weight: object) -> None:
+    """Raises ValueError unless the weight of an example is a finite number > 0."""
+    if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 < float(weight) < math.inf:
+        raise ValueError(
+            f"`{call}(weight={weight!r})`: expected a number > 0, such as 1/n for n training examples, or 1/k when "
+            "the model will be trained on k selected examples alone."
+        )
+
+
+def rows_of(call: str, group: Iterable[Id], rows: Mapping[Id, int]) -> list[int]:
+    """Row numbers of the examples of a group.
+
+    Raises:
+        ValueError: If an id is not among the rows, or stands in the group twice.
+    """
+    names = group.tolist() if isinstance(group, Tensor) else list(group)
+    unknown = [name for name in names if name not in rows]
+    if unknown:
+        raise ValueError(
+            f"`{call}`: expected a group of the {len(rows)} examples it was made of. Unknown: {few(unknown)}."
+        )
+    if len(set(names)) < len(names):
+        twice = [name for name, times in Counter(names).items() if times > 1]
+        raise ValueError(f"`{call}`: expected each example of a group once. Repeated: {few(twice)}.")
+    return [rows[name] for name in names]
 
 
 def check_finite(call: str, argument: str, finite: Tensor, ids: Sequence[Id], what: str = "examples") -> None:

@@ -1,317 +1,339 @@
-"""Influence of a group of training examples: first order (F), and with interactions (F+I)."""
+"""Influence of a group on a target, from a model, a curvature, training data and target examples ([IA])."""
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
-from functools import cached_property
-from numbers import Real
-from typing import Literal, Protocol, TypeVar, get_args
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import Self
 
-from lightning_influence.estimators.factors import Factors, Id, check_finite, check_ids, few
-from lightning_influence.estimators.whitened import gram, thinned
+from lightning_influence.capture import Component, ExampleLoader
+from lightning_influence.capture.component import Select
+from lightning_influence.curvature import Curvature, ProjectedGram
+from lightning_influence.curvature.base import loss_for
+from lightning_influence.curvature.products import PRODUCTS, ProductKind
+from lightning_influence.errors import NotFittedError
+from lightning_influence.estimators.base import Loss
+from lightning_influence.estimators.factors import Id, check_weight, rows_of
+from lightning_influence.estimators.gradient_coordinates import Coordinates, coordinates_of
+from lightning_influence.estimators.gradient_rows import GradientRows
+from lightning_influence.estimators.group_effects import METHODS, TERMS, GroupEffects, Method, check_methods
+from lightning_influence.estimators.influence_function import InfluenceFunction
+from lightning_influence.estimators.interactions import Change, Interactions
+from lightning_influence.estimators.target_curvature import TargetCurvature, TargetProduct, TargetRows
+from lightning_influence.store import Store
 
-Change = Literal["removal", "addition"]
-Picks = TypeVar("Picks")
-Picks_co = TypeVar("Picks_co", covariant=True)
+GroupCurvature: TypeAlias = Literal["sampled", "empirical", "gauss-newton"]
+TargetKind: TypeAlias = Literal["sampled", "empirical"] | ProductKind
 
-FORMULA = "removal ∇fᵀU_S + ½ U_Sᵀ H_f U_S, addition −∇fᵀU_S + ½ U_Sᵀ H_f U_S ([IA] section 3.1, eq. 7 and 8)"
-_FROM_SCORES = "Interactions.from_scores"
-
-
-class ScoreMatrix(Protocol):
-    """Labelled scores, as `Scores` has them: score > 0 means adding the training example lowers the target."""
-
-    @property
-    def train_ids(self) -> Sequence[Id]:
-        """One id per column."""
-
-    def total(self) -> Tensor:
-        """Scores [m, n], summed over the components."""
-
-
-class Rule(Protocol[Picks_co]):
-    """A selection rule, seen from here."""
-
-    def select(
-        self,
-        values: Tensor,
-        features: Tensor | None = None,
-        metric: Tensor | None = None,
-        *,
-        budget: int | float,
-        ids: Iterable[Id] | None = None,
-    ) -> Picks_co:
-        """Chooses ``budget`` examples of the pool."""
+_CALL = "GroupInfluence"
 
 
 @dataclass(frozen=True, eq=False)
-class Interactions:
-    """First-order influence b and interactions K = F M Fᵀ of n training examples on one target function f.
+class _Fit:
+    """What `fit` leaves behind."""
 
-    u_i = weight · H⁻¹ g_i is the parameter shift of removing example i, b_i = ∇fᵀ u_i, K_ij = u_iᵀ H_f u_j
-    ([IA] section 3.1). Any F and M with F M Fᵀ = K will do: F = u and M = H_f, or F = P without a metric when
-    H_f is the Fisher of m target examples (`from_scores`). K itself is never formed.
+    coordinates: Coordinates
+    target_gradient: Tensor
+    target: TargetCurvature
+    pool: ExampleLoader
+    rows: dict[Id, int]
+    weight: float
 
-    Attributes:
-        values: b [n], float64. b_i > 0: adding example i lowers f, removing it raises f.
-        features: F [n, r], any float dtype; sums over a group are taken in float64.
-        metric: M [r, r], symmetric; the identity when None.
-        ids: Ids of the examples, all int or all str.
-        weight: Weight of one example in the training objective, already contained in values and features: 1/n
-            as in the formula, or 1/k for a model that will be trained on k selected examples alone.
-        target_curvature: How H_f was obtained, such as "empirical Fisher" or "exact".
-        damping: Damping of H.
-        reduction: "sum" or "mean": how an example's loss is reduced over its tokens.
-        formula: What `estimate` computes.
+
+class GroupInfluence:
+    """Predicted change of the mean target loss when groups of examples are removed from, or added to, the training.
+
+    All methods of `GroupEffects`, F, F+I, F+B, F+I+B, N and N+I, for any curvature of the package::
+
+        influence = GroupInfluence(model, EKFAC()).fit(train, targets)
+        influence.estimates([range(30), [5, 9]], method="N+I", change="removal")
+
+    Gradients of the groups' members only are kept, as rows of all parameters: groups are worked on a few at a time
+    within ``memory_budget``. With a `ProjectedGram` they are rows of LoGra's projected space, formed from the factors
+    of the gradients, and pools of any size fit.
+
+    Args:
+        model: The model at the parameters of interest. Left as it was.
+        curvature: H; None for ``EKFAC()``. Fitted by `fit` on the training data unless it is already. Its damping
+            stands for the weight decay of the training too.
+        target_curvature: H_f, the curvature of the mean target loss: ``"empirical"`` or ``"sampled"`` for the Fisher of
+            the target examples, under their own labels or labels drawn from the model; ``"gauss-newton"`` or
+            ``"hessian"`` for exact products with vectors, one pass over the targets for every call; or a `Curvature`
+            such as ``EKFAC()``, fitted on the targets (by `fit` unless it is already) and applied without damping.
+        loss: Per-example loss; None resolves it.
+        components: What `find_components` takes; None takes those of a fitted curvature, else everything trainable.
+        group_curvature: H_S, needed by B and N: ``"sampled"``, the gradients of the members under labels drawn from the
+            model, at the curvature's own seed, so that H and H_S fit together; ``"empirical"``, under their own labels;
+            ``"gauss-newton"``, exact, by as many passes as the model has outputs (classification and regression with
+            few of them).
+        draws: Labels drawn for each example where they are sampled, of members and of targets; more are more precise.
+        seed: Of the labels drawn for the targets.
+        batch_size: Examples per batch; None takes the loader's, or 32.
+        memory_budget: Bytes for the gradients that are kept at a time.
+        progress: Whether to show progress bars.
 
     Raises:
-        ValueError: If the pool is empty, shapes do not fit, ids repeat, a number is NaN or infinite (the ids are
-            named), the metric is not symmetric or the weight is not positive.
+        ValueError: If an argument is unknown or out of range, or a fitted curvature has other components.
     """
 
-    values: Tensor
-    features: Tensor
-    metric: Tensor | None = None
-    _: KW_ONLY
-    ids: Sequence[Id]
-    weight: float
-    target_curvature: str = "given"
-    damping: str | float | None = None
-    reduction: str = "sum"
-    formula: str = FORMULA
-
-    def __post_init__(self) -> None:
-        _check_weight("Interactions", self.weight)
-        factors = Factors.checked("Interactions", self.values, self.features, self.metric, self.ids)
-        for field in ("values", "features", "metric"):
-            object.__setattr__(self, field, getattr(factors, field))
-        object.__setattr__(self, "ids", tuple(factors.ids))
-
-    @classmethod
-    def from_scores(
-        cls,
-        scores: Tensor | ScoreMatrix,
-        weight: float | None = None,
-        curvature_scores: Tensor | ScoreMatrix | None = None,
-        ids: Sequence[Id] | None = None,
+    def __init__(
+        self,
+        model: nn.Module,
+        curvature: Curvature | None = None,
+        target_curvature: TargetKind | Curvature = "empirical",
+        loss: Loss = None,
+        components: Select | list[Component] = None,
         *,
-        target_curvature: str | None = None,
-    ) -> Interactions:
-        """Interactions in the full gradient space from influence scores alone; no gradient is kept.
-
-        With H_f = (1/m) Σ_t ĝ_t ĝ_tᵀ, the Fisher of m target examples, K = P Pᵀ where P_it = u_iᵀ ĝ_t / √m is a
-        scaled score; f is the mean loss of the target examples, so b_i = mean_t u_iᵀ g_t.
-
-        Args:
-            scores: g_tᵀ H⁻¹ g_i [m, n] of m target and n pool examples; > 0: adding i lowers the loss of t.
-                A tensor, or labelled `Scores`, whose reduction and damping are then taken over.
-            weight: Weight of one example: 1/n (as in the formula, the default), or 1/k for a model that will be
-                trained on k selected examples alone.
-            curvature_scores: ĝ_tᵀ H⁻¹ g_i [m', n] for target gradients under labels sampled from the model;
-                None: the target's own labels (empirical Fisher), that is ``scores`` again.
-            ids: Ids of the pool examples; those of ``scores`` by default, else column numbers.
-            target_curvature: What to call H_f in the description.
-
-        Raises:
-            ValueError: If shapes or ids do not fit, the pool or the target is empty, or a score is NaN or infinite.
-        """
-        table = _table("scores", scores)
-        fisher = table if curvature_scores is None else _table("curvature_scores", curvature_scores)
-        names = _pool_ids(scores, table, ids)
-        if curvature_scores is not None:
-            _check_same_pool(scores, table, curvature_scores, fisher)
-            _check_scores("curvature_scores", curvature_scores, fisher, names)
-        _check_scores("scores", scores, table, names)
-        weight = 1 / len(names) if weight is None else weight
-        _check_weight(_FROM_SCORES, weight)
-        return cls(
-            weight * table.mean(dim=0, dtype=torch.float64),
-            (weight / math.sqrt(len(fisher)) * fisher.T).contiguous(),
-            ids=names,
-            weight=weight,
-            target_curvature=target_curvature or f"{'empirical' if fisher is table else 'sampled'} Fisher",
-            damping=getattr(scores, "damping", None),
-            reduction=getattr(scores, "reduction", "sum"),
+        group_curvature: GroupCurvature = "sampled",
+        draws: int = 1,
+        seed: int = 0,
+        batch_size: int | None = None,
+        memory_budget: int = 2 * 1024**3,
+        progress: bool = True,
+    ) -> None:
+        _check_options(target_curvature, group_curvature, draws)
+        self.influence = InfluenceFunction(
+            model, curvature, loss, components, batch_size=batch_size, memory_budget=memory_budget, progress=progress
         )
+        self.target_curvature, self.group_curvature = target_curvature, group_curvature
+        self.seed = seed
+        self._rows = GradientRows(self.influence, draws)
+        self._fit: _Fit | None = None
+        self._kept: GroupEffects | None = None
 
     @classmethod
-    def from_features(
-        cls,
-        features: Tensor,
-        targets: Tensor,
-        curvature_targets: Tensor | None = None,
-        ids: Sequence[Id] | None = None,
-        *,
-        damping: str | float | None = None,
-    ) -> Interactions:
-        """Interactions of whitened gradients, at weight 1: what `NewtonGreedy` chooses by.
-
-        With φ = (G + damping)^{-1/2} g and f the mean loss of the targets, b_i = φ_iᵀ mean_t φ_t, F = Φ and
-        M = (1/m) Σ_t φ_t φ_tᵀ, the Fisher of the targets. Rows with more than n + m columns are first brought to as
-        many, with the same inner products.
-
-        Args:
-            features: Φ [n, r] of the pool, from `InfluenceFunction.features` or from scores.
-            targets: Φ_t [m, r] in the same basis.
-            curvature_targets: Features of the targets under labels sampled from the model, [m', r]; None: the
-                targets' own labels (empirical Fisher).
-            ids: Ids of the pool examples; row numbers by default.
-            damping: Of G, for the description.
+    def from_store(
+        cls, model: nn.Module, store: Store | str | os.PathLike[str], name: str = "curvature", **options: Any
+    ) -> Self:
+        """With the factors that a `CurvatureRecorder` left behind, after checking that they are of this model.
 
         Raises:
-            ValueError: If shapes or ids do not fit, a number is NaN or infinite, or no example has a gradient.
+            StoreError: If the store belongs to other weights, or has no curvature of that name.
         """
-        call = "Interactions.from_features"
-        fisher = targets if curvature_targets is None else curvature_targets
-        if any(rows.dim() != 2 or rows.shape[1:] != features.shape[1:] or not len(rows) for rows in (targets, fisher)):
-            raise ValueError(
-                f"`{call}(features={list(features.shape)}, targets={list(targets.shape)})`: "
-                "expected [n, r] and [m, r], with m >= 1, in one basis."
-            )
-        names = check_ids(call, ids, len(features))
-        check_finite(call, "features", features.isfinite().all(dim=1), names)
-        for argument, rows in (("targets", targets), ("curvature_targets", fisher)):
-            check_finite(call, argument, rows.isfinite().all(dim=1), range(len(rows)), "target examples")
-        m = len(targets)
-        features, both = thinned(features, targets if curvature_targets is None else torch.cat([targets, fisher]))
-        fisher = (both if curvature_targets is None else both[m:]).double()
-        return cls(
-            gram(features, both[:m].double().mean(dim=0, keepdim=True))[:, 0],
+        return cls(model, InfluenceFunction.from_store(model, store, name).curvature, **options)
+
+    @property
+    def curvature(self) -> Curvature:
+        """H."""
+        return self.influence.curvature
+
+    @property
+    def components(self) -> list[Component]:
+        """The components that count."""
+        return self.influence.components
+
+    def fit(self, train: Any, targets: Any, pool: Any = None, *, weight: float | None = None) -> Self:
+        """Fit the curvature on the training data, unless it is fitted; take gradient and curvature of the target.
+
+        Args:
+            train: Map-style dataset or DataLoader of the n training examples.
+            targets: Map-style dataset or DataLoader of the examples whose mean loss is the target f.
+            pool: Map-style dataset or DataLoader of the examples that groups are made of; None for the training data.
+            weight: Weight of one example in the training objective, 1/n when None.
+
+        Returns:
+            Itself. Ids of examples are positions in the pool.
+
+        Raises:
+            ValueError: If data is empty, a target has nothing supervised, a loss is not finite (ids are named), or the
+                gradients of the targets do not fit into memory.
+        """
+        loaders = [ExampleLoader(data, self.influence.batch_size) for data in (train, targets)]
+        members = loaders[0] if pool is None else ExampleLoader(pool, self.influence.batch_size)
+        weight = 1 / loaders[0].num_examples if weight is None else weight
+        check_weight(f"{_CALL}.fit", weight)
+        self._check(loaders[1], members)
+        self._kept = None
+        self.influence.fit(loaders[0])
+        coordinates = coordinates_of(self.components, self.curvature)
+        gradient = self._rows.mean(loaders[1], coordinates)
+        rows: dict[Id, int] = {name: row for row, name in enumerate(members.ids)}
+        self._fit = _Fit(coordinates, gradient, self._target(coordinates, loaders[1]), members, rows, float(weight))
+        return self
+
+    def estimate(self, group: Iterable[Id], method: Method = "N+I", change: Change = "removal") -> float:
+        """`estimates` of one group."""
+        return float(self.estimates([group], method, change)[0])
+
+    def estimates(self, groups: Iterable[Iterable[Id]], method: Method = "N+I", change: Change = "removal") -> Tensor:
+        """Predicted change of the mean target loss for each group, float64 [number of groups] on the CPU.
+
+        Raises:
+            NotFittedError: Before `fit`.
+            ValueError: As `GroupEffects.estimates`, or if one group alone does not fit into memory.
+        """
+        return self.table(groups, [method], change)[method]
+
+    def table(
+        self, groups: Iterable[Iterable[Id]], methods: Sequence[Method] = METHODS, change: Change = "removal"
+    ) -> dict[Method, Tensor]:
+        """`estimates` by several methods, which share the gradients and all they have in common."""
+        fitted = self._fitted("estimates")
+        check_methods(f"{_CALL}.estimates", methods, change, curved=True)
+        curved = any({"second", "newton"} & set(TERMS[method]) for method in methods)
+        names = [group.tolist() if isinstance(group, Tensor) else list(group) for group in groups]
+        for group in names:
+            rows_of(_CALL, group, fitted.rows)
+        found: dict[Method, list[Tensor]] = {method: [torch.empty(0, dtype=torch.float64)] for method in methods}
+        for part in self._parts(names, curved):
+            union = dict.fromkeys(name for group in part for name in group) or fitted.pool.ids[:1]
+            effects = self._effects(list(union), curved)
+            for method, values in effects.table(part, methods, change).items():
+                found[method].append(values.cpu())
+        return {method: torch.cat(values) for method, values in found.items()}
+
+    def effects(self, ids: Iterable[Id] | None = None) -> GroupEffects:
+        """The gradients of some examples of the pool, or of all, with everything that estimates need.
+
+        Raises:
+            NotFittedError: Before `fit`.
+            ValueError: If an id is unknown or repeated, or they do not fit into memory.
+        """
+        names = self._named(ids)
+        return self._effects(names, curved=True).subset(names)
+
+    def interactions(self, ids: Iterable[Id] | None = None) -> Interactions:
+        """F and K of some examples of the pool, or of all: for pairs, class means, the spectrum and selection rules.
+
+        With a Fisher of the targets (and the draws) no more is kept than the scores of examples x target rows.
+
+        Raises:
+            NotFittedError: Before `fit`.
+            ValueError: If an id is unknown or repeated, or they do not fit into memory.
+        """
+        names, target = self._named(ids), self._fitted("interactions").target
+        if not isinstance(target, TargetRows):
+            return self._effects(names, curved=False).subset(names).interactions()
+        parts = ([name for [name] in part] for part in self._parts([[name] for name in names], curved=False))
+        found = [self._effects(part, curved=False).subset(part).interactions() for part in parts]
+        values, features = torch.cat([part.values for part in found]), torch.cat([part.features for part in found])
+        return Interactions(
+            values,
             features,
-            fisher.T @ fisher / len(fisher),
             ids=names,
-            weight=1.0,
-            target_curvature=f"{'empirical' if curvature_targets is None else 'sampled'} Fisher",
-            damping=damping,
+            weight=found[0].weight,
+            target_curvature=target.label,
+            damping=self.influence.damping,
+            reduction=found[0].reduction,
         )
 
-    def __len__(self) -> int:
-        return len(self._factors)
+    def _fitted(self, call: str) -> _Fit:
+        if self._fit is None:
+            raise NotFittedError(f"`{_CALL}.{call}`: call fit(train, targets) first.")
+        return self._fit
 
-    def first_order(self, group: Iterable[Id]) -> float:
-        """F(S) = ∇fᵀ U_S: predicted change of f when the group is removed, without interactions."""
-        return self.estimate(group, interactions=False)
+    def _named(self, ids: Iterable[Id] | None) -> list[Id]:
+        fitted = self._fitted("effects")
+        if ids is None:
+            return list(fitted.rows)
+        names: list[Id] = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        rows_of(_CALL, names, fitted.rows)
+        return names
 
-    def estimate(self, group: Iterable[Id], change: Change = "removal", interactions: bool = True) -> float:
-        """Predicted change of f when the group is removed from, or added to, the training set.
+    def _check(self, targets: ExampleLoader, pool: ExampleLoader) -> None:
+        """Everything that can be refused by looking at the targets and one example of the pool."""
+        self.influence.check(targets)
+        if "sampled" in (self.target_curvature, self.group_curvature):
+            self.influence.check(ExampleLoader(targets, indices=targets.ids[:1]), labels="sampled")
+        self._rows.count(pool, self.group_curvature)
 
-        F+I: ±∇fᵀU_S + ½ U_Sᵀ H_f U_S, + for removal ([IA] section 3.1, eq. 7 and 8); F without the second term.
-        Negative: f, a loss, falls.
-
-        Raises:
-            ValueError: If an id is not in the pool or stands in the group twice.
-        """
-        return float(self.estimates([group], change, interactions)[0])
-
-    def estimates(
-        self, groups: Iterable[Iterable[Id]], change: Change = "removal", interactions: bool = True
-    ) -> Tensor:
-        """`estimate` of each group, float64 [number of groups]."""
-        if change not in get_args(Change):
-            raise ValueError(f"`Interactions.estimates(change={change!r})`: expected 'removal' or 'addition'.")
-        sign = 1.0 if change == "removal" else -1.0
-        rows = [self._rows(group) for group in groups]
-        first_order = torch.tensor([self.values[group].sum() for group in rows], dtype=torch.float64)
-        if not interactions:
-            return sign * first_order
-        return sign * first_order + torch.tensor([self._half_square(group) for group in rows], dtype=torch.float64)
-
-    def pairwise(self, rows: Iterable[Id], columns: Iterable[Id] | None = None) -> Tensor:
-        """K_ij of the examples named by ``rows`` against those of ``columns`` (``rows`` again when None), float64.
-
-        Summed over all pairs of a group, the diagonal included, it is U_Sᵀ H_f U_S.
-        """
-        left = self._rows(rows)
-        right = left if columns is None else self._rows(columns)
-        return self._factors.lift(self.features[left].double()) @ self.features[right].double().T
-
-    def reweighted(self, weight: float) -> Interactions:
-        """The same examples at another weight: first-order values grow with it, interactions with its square.
-
-        Raises:
-            ValueError: If the weight is not a number > 0.
-        """
-        _check_weight("Interactions.reweighted", weight)
-        factor = weight / self.weight
-        return replace(self, values=factor * self.values, features=factor * self.features, weight=weight)
-
-    def select(self, rule: Rule[Picks], budget: int | float) -> Picks:
-        """Lets a selection rule choose ``budget`` of these examples, minimising the addition estimate."""
-        return rule.select(self.values, self.features, self.metric, budget=budget, ids=self._factors.ids)
-
-    @cached_property
-    def _factors(self) -> Factors:
-        return Factors(self.values, self.features, self.metric, tuple(self.ids))
-
-    def _half_square(self, rows: list[int]) -> float:
-        shift = self._factors.shift(rows)
-        return 0.5 * float(shift @ self._factors.lift(shift))
-
-    def _rows(self, group: Iterable[Id]) -> list[int]:
-        names = group.tolist() if isinstance(group, Tensor) else list(group)
-        rows = self._factors.rows
-        unknown = [name for name in names if name not in rows]
-        if unknown:
+    def _target(self, coordinates: Coordinates, targets: ExampleLoader) -> TargetCurvature:
+        model, loss, kind = self.influence.model, self.influence.loss, self.target_curvature
+        if isinstance(kind, Curvature):
+            if not kind.fitted or not kind.components:
+                kind.fit(model, targets, loss, self.components, progress=self.influence.progress)
+            if {c.name for c in kind.components} != {c.name for c in self.components}:
+                raise ValueError(
+                    f"`{_CALL}(target_curvature={kind!r})`: was fitted on other components. Expected those of the "
+                    "curvature, or an unfitted one."
+                )
+            return TargetProduct(lambda rows: coordinates.multiply(kind, rows), repr(kind))
+        if kind in PRODUCTS:
+            product = PRODUCTS[kind](model, self.components, targets, loss)
+            return TargetProduct(lambda rows: coordinates.product(product, rows), kind)
+        needed = targets.num_examples * self._rows.bytes(targets, coordinates, kind)
+        if needed > self.influence.memory_budget:
             raise ValueError(
-                f"`Interactions`: expected a group of the {len(self)} examples it was made of. Unknown: {few(unknown)}."
+                f"`{_CALL}(target_curvature={kind!r})`: the gradients of {targets.num_examples} targets need "
+                f"{needed / 1e9:.3g} GB; expected at most memory_budget={self.influence.memory_budget}. Use "
+                "target_curvature=EKFAC() or 'gauss-newton', curvature=ProjectedGram(), or fewer components."
             )
-        if len(set(names)) < len(names):
-            twice = [name for name, times in Counter(names).items() if times > 1]
-            raise ValueError(f"`Interactions`: expected each example of a group once. Repeated: {few(twice)}.")
-        return [rows[name] for name in names]
+        return TargetRows(self._rows.of(targets, coordinates, kind, self.seed), f"{kind} Fisher")
 
-
-def _table(argument: str, scores: Tensor | ScoreMatrix) -> Tensor:
-    """Scores [m, n] of at least float32."""
-    table = (scores if isinstance(scores, Tensor) else scores.total()).detach()
-    if table.dim() != 2 or 0 in table.shape or table.is_complex():
-        raise ValueError(
-            f"`{_FROM_SCORES}({argument})`: expected a real tensor [m, n] with m >= 1 target and n >= 1 pool "
-            f"examples, summed over components. Got shape {list(table.shape)}."
-        )
-    return table.float() if table.element_size() < 4 else table
-
-
-def _pool_ids(scores: Tensor | ScoreMatrix, table: Tensor, ids: Iterable[Id] | None) -> tuple[Id, ...]:
-    labels = None if isinstance(scores, Tensor) else scores.train_ids
-    return check_ids(_FROM_SCORES, labels if ids is None else ids, table.shape[1])
-
-
-def _check_same_pool(
-    scores: Tensor | ScoreMatrix, table: Tensor, others: Tensor | ScoreMatrix, other_table: Tensor
-) -> None:
-    call = f"`{_FROM_SCORES}(curvature_scores)`"
-    if table.shape[1] != other_table.shape[1]:
-        raise ValueError(
-            f"{call}: expected the pool of the scores, {table.shape[1]} columns. Got {other_table.shape[1]}."
-        )
-    if isinstance(scores, Tensor) or isinstance(others, Tensor):
-        return
-    for column, (one, other) in enumerate(zip(scores.train_ids, others.train_ids, strict=True)):
-        if one != other:
+    def _effects(self, names: list[Id], curved: bool) -> GroupEffects:
+        """Of some examples at least; the last ones are found again."""
+        kept = self._kept
+        if kept is not None and set(names) <= set(kept.ids) and (not curved or kept.curvature_rows is not None):
+            return kept
+        fitted = self._fitted("estimates")
+        needed = len(names) * self._bytes(curved)
+        if needed > self.influence.memory_budget:
             raise ValueError(
-                f"{call}: expected the pool of the scores, the same ids in the same order. Column {column} is id "
-                f"{other!r} there and {one!r} in the scores."
+                f"`{_CALL}`: the gradients of {len(names)} examples need {needed / 1e9:.3g} GB; expected at most "
+                f"memory_budget={self.influence.memory_budget} for a group. Use curvature=ProjectedGram() (LoGra's "
+                "projected space), fewer components, or a Fisher of the targets for the interactions of a pool."
             )
-
-
-def _check_scores(argument: str, scores: Tensor | ScoreMatrix, table: Tensor, names: tuple[Id, ...]) -> None:
-    """A target example without any finite score is to blame itself; else the pool examples are."""
-    finite = table.isfinite()
-    targets = getattr(scores, "query_ids", range(len(table)))
-    check_finite(_FROM_SCORES, argument, finite.any(dim=1), targets, "target examples")
-    check_finite(_FROM_SCORES, argument, finite.all(dim=0), names, "pool examples")
-
-
-def _check_weight(call: str, weight: object) -> None:
-    if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 < float(weight) < math.inf:
-        raise ValueError(
-            f"`{call}(weight={weight!r})`: expected a number > 0, such as 1/n for n training examples, or 1/k when "
-            "the model will be trained on k selected examples alone."
+        self._kept = None  # before there are others
+        coordinates, members = fitted.coordinates, ExampleLoader(fitted.pool, indices=[int(name) for name in names])
+        shifts = coordinates.solve(self._rows.of(members, coordinates, "empirical")[:, 0])
+        rows = row_shifts = None
+        if curved:
+            rows = self._rows.of(members, coordinates, self.group_curvature, self.curvature.seed)
+            row_shifts = coordinates.solve(rows.flatten(0, 1)).reshape(rows.shape)
+        self._kept = GroupEffects(
+            shifts,
+            fitted.target_gradient,
+            fitted.target,
+            rows,
+            row_shifts,
+            ids=names,
+            weight=fitted.weight,
+            damping=self.influence.damping,
+            reduction=loss_for(self.influence.model, fitted.pool, self.influence.loss).reduction,
         )
+        return self._kept
+
+    def _parts(self, groups: list[list[Id]], curved: bool) -> Iterator[list[list[Id]]]:
+        """Consecutive groups whose members fit into memory together; one group at least."""
+        limit = self.influence.memory_budget // self._bytes(curved)
+        part: list[list[Id]] = []
+        union: set[Id] = set()
+        for group in groups:
+            if part and len(union.union(group)) > limit:
+                yield part
+                part, union = [], set()
+            part.append(group)
+            union.update(group)
+        if part:
+            yield part
+
+    def _bytes(self, curved: bool) -> int:
+        """Memory for one example: its gradient, and its curvature's rows before and after H⁻¹."""
+        fitted = self._fitted("estimates")
+        own = self._rows.bytes(fitted.pool, fitted.coordinates, "empirical")
+        return own + (2 * self._rows.bytes(fitted.pool, fitted.coordinates, self.group_curvature) if curved else 0)
+
+
+def _check_options(target_curvature: object, group_curvature: str, draws: object) -> None:
+    kinds = ("empirical", "sampled", *PRODUCTS)
+    if isinstance(target_curvature, ProjectedGram):
+        raise ValueError(
+            f"`{_CALL}(target_curvature={target_curvature!r})`: expected 'empirical' or 'sampled', which are Fishers "
+            "in the projected space where the curvature is a ProjectedGram, or a curvature of all parameters."
+        )
+    if not isinstance(target_curvature, Curvature) and target_curvature not in kinds:
+        raise ValueError(
+            f"`{_CALL}(target_curvature={target_curvature!r})`: expected one of {', '.join(map(repr, kinds))}, or a "
+            "Curvature such as EKFAC()."
+        )
+    if group_curvature not in get_args(GroupCurvature):
+        raise ValueError(
+            f"`{_CALL}(group_curvature={group_curvature!r})`: expected 'sampled', 'empirical' or 'gauss-newton'."
+        )
+    if type(draws) is not int or draws < 1:
+        raise ValueError(f"`{_CALL}(draws={draws!r})`: expected an int >= 1.")

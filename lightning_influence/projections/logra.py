@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from lightning_influence.capture.component import Component
 from lightning_influence.capture.contexts import full_precision
@@ -34,6 +35,9 @@ class LoGra(Projection):
         seed: As in `Projection`.
         memory_budget: As in `Projection`.
 
+    Attributes:
+        given: Matrices that took the place of random ones, by component and side; forgotten by `start`.
+
     Raises:
         ValueError: If an argument is out of range.
     """
@@ -43,6 +47,32 @@ class LoGra(Projection):
     ) -> None:
         super().__init__(dimensions, seed=seed, memory_budget=memory_budget)
         self.sides: dict[str, tuple[int, int]] = {}
+        self.given: dict[tuple[str, str], Tensor] = {}
+
+    def start(self, components: Sequence[Component]) -> Self:
+        """Share the dimensions out, forgetting matrices that were given.
+
+        Raises:
+            ValueError: As `Projection.start`.
+        """
+        self.given = {}
+        return super().start(components)
+
+    def give(self, component: Component, side: str, matrix: Tensor) -> None:
+        """Put a matrix [k, d] in the place of the random one of a side, such as leading eigenvectors of its moments.
+
+        Raises:
+            ValueError: If its shape is not that of the side.
+        """
+        self.size_of(component)
+        which = ("outputs", "inputs").index(side)
+        shape = (self.sides[component.name][which], matrix_shape(component)[which])
+        if tuple(matrix.shape) != shape:
+            raise ValueError(
+                f"`LoGra.give({component.name!r}, {side!r})`: expected a matrix {list(shape)}. "
+                f"Got {list(matrix.shape)}."
+            )
+        self.given[component.name, side] = matrix
 
     def _check_dimensions(self, dimensions: Any) -> None:
         if not isinstance(dimensions, (list, tuple)):
@@ -86,10 +116,7 @@ class LoGra(Projection):
         return self._reduced(component, "outputs", inner.mT).mT
 
     def matrix(self, component: Component, side: str) -> Tensor:
-        """P_out ("outputs") [k_out, o] or P_in ("inputs") [k_in, i], float32 on the CPU, whole.
-
-        Another initialisation, such as the leading eigenvectors of the layer's second moments, belongs here.
-        """
+        """P_out ("outputs") [k_out, o] or P_in ("inputs") [k_in, i] on the CPU, whole; float32 where it is drawn."""
         self.size_of(component)
         blocks = [block for _, _, block in self._blocks(component, side, torch.device("cpu"))]
         return torch.cat(blocks, dim=1)
@@ -98,6 +125,9 @@ class LoGra(Projection):
         """Columns start..stop-1 of a side's matrix, a few at a time."""
         which = ("outputs", "inputs").index(side)
         full, size = matrix_shape(component)[which], self.sides[component.name][which]
+        if (component.name, side) in self.given:
+            yield 0, full, self.given[component.name, side].to(device)
+            return
         step = max(1, BLOCK // size)
         for start in range(0, full, step):
             stop = min(full, start + step)

@@ -13,11 +13,19 @@ from lightning_influence.report.component_tables import (
     markdown,
     method_table,
 )
+from lightning_influence.report.interaction_views import (
+    class_pair_plot,
+    class_pair_table,
+    spectrum_plot,
+    spectrum_table,
+)
 
 __all__ = [
     "ComponentImportance",
     "ShareCurve",
     "best_line",
+    "class_pair_plot",
+    "class_pair_table",
     "component_importance",
     "csv_text",
     "depth_plot",
@@ -29,4 +37,6 @@ __all__ = [
     "path_curve",
     "prefix_ranks",
     "share_plot",
+    "spectrum_plot",
+    "spectrum_table",
 ]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.estimators.factors import Id, check_finite
-from lightning_influence.estimators.group_influence import Interactions
+from lightning_influence.estimators.interactions import Interactions
 from lightning_influence.estimators.scores import Scores
 from lightning_influence.selection.round_robin import RoundRobin
 from lightning_influence.selection.selection import Selection

@@ -13,8 +13,8 @@ from typing_extensions import Self
 
 from lightning_influence.capture import ExampleLoader
 from lightning_influence.estimators.factors import Id
-from lightning_influence.estimators.group_influence import Interactions
 from lightning_influence.estimators.influence_function import InfluenceFunction
+from lightning_influence.estimators.interactions import Interactions
 from lightning_influence.estimators.whitened import score_features
 from lightning_influence.selection.budget import resolve_budget
 from lightning_influence.selection.newton_greedy import NewtonGreedy

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lightning_influence.capture import Component, ExampleLoader, ExampleLoss
 from lightning_influence.capture.component import Select
 from lightning_influence.curvature import EKFAC, Curvature
-from lightning_influence.estimators.group_influence import Interactions
 from lightning_influence.estimators.influence_function import InfluenceFunction
+from lightning_influence.estimators.interactions import Interactions
 from lightning_influence.selection.base import SelectionRule
 from lightning_influence.selection.budget import resolve_budget
 from lightning_influence.selection.interaction_greedy import InteractionGreedy

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.estimators.factors import Factors
-from lightning_influence.estimators.group_influence import Interactions
+from lightning_influence.estimators.interactions import Interactions
 from lightning_influence.selection.base import SelectionRule
 from lightning_influence.selection.selection import Selection
 

@@ -352,3 +352,20 @@ def test_symmetric() -> None:
     matrix = torch.tensor([[1.0, 2.0], [4.0, 3.0]])
     assert symmetric(matrix).tolist() == [[1.0, 3.0], [3.0, 3.0]]
     assert symmetric(matrix).dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_multiplying_undoes_solving(name: str) -> None:
+    """``G x + damping x = v`` for x that solves it; within Arnoldi's and LoGra's subspaces, v's part there."""
+    curvature = fitted(name, damping=0.3) if "damping" in CURVATURES[name]().settings() else fitted(name)
+    gradients = vectors()
+    x = curvature.precondition(gradients)
+    again = curvature.multiply(x)
+    if name == "Identity":
+        assert all(torch.equal(again[key], value) for key, value in gradients.items())
+        return
+    back = {key: again[key] + 0.3 * x[key] for key in x}
+    if name in ("Arnoldi", "ProjectedGram"):
+        back, gradients = curvature.precondition(back), x
+    assert {key: value.shape for key, value in again.items()} == {key: value.shape for key, value in x.items()}
+    torch.testing.assert_close(flat(back), flat(gradients))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_influence import InfluenceFunction
-from lightning_influence.capture import find_components
+from lightning_influence.capture import ExampleLoader, GradientCapture, find_components
 from lightning_influence.curvature import Exact, ProjectedGram
 from lightning_influence.estimators.projected_dot import ProjectedDot
 from lightning_influence.projections.logra import LoGra
@@ -84,3 +84,97 @@ def test_arguments() -> None:
         ProjectedGram(projection_seed="1")
     with pytest.raises(ValueError, match=r"`LoGra\(dimensions=99\)`: expected at least one dimension for each of the"):
         ProjectedGram(99).fit(nn.Sequential(nn.Linear(3, 3)).double(), points())
+
+
+def pca(data: Any = None, batch_size: int | None = 3, **options: Any) -> tuple[ProjectedGram, nn.Module, Any]:
+    model, data = ready(Tokens()), texts() if data is None else data
+    curvature = ProjectedGram((2, 3), initialisation="pca", **options)
+    return curvature.fit(model, data, components=["up", "head"], batch_size=batch_size), model, data
+
+
+@pytest.mark.parametrize("fisher", ["sampled", "empirical"])
+def test_leading_eigenvectors_of_the_moments(fisher: Any) -> None:
+    """P_out and P_in span the largest directions of S and A; solving is the same formula."""
+    curvature, model, data = pca(fisher=fisher, damping=0.02)
+    for component in curvature.components:
+        known = truth(model, component.name, data, 0 if fisher == "sampled" else None)
+        a, s, _ = oracles.second_moments(known.factors)
+        matrices = []
+        for side, moments, k in (("outputs", s, 2), ("inputs", a, 3)):
+            leading = torch.linalg.eigh(moments).eigenvectors[:, -k:]
+            matrix = curvature.projection.matrix(component, side)
+            torch.testing.assert_close(matrix.T @ matrix, leading @ leading.T)
+            torch.testing.assert_close(matrix @ matrix.T, torch.eye(k).double())
+            assert (torch.diff((matrix @ moments * matrix).sum(1)) <= 1e-12).all()  # the largest first
+            matrices.append(matrix)
+        p = torch.kron(*matrices)
+        inverse = oracles.damped_inverse(oracles.fisher(known.gradients.flatten(1) @ p.T), 0.02)
+        gradients = normal(2, *component.shape)
+        torch.testing.assert_close(
+            curvature.solve(component, gradients).flatten(1), gradients.flatten(1) @ p.T @ inverse @ p
+        )
+
+
+def test_eigenvectors_keep_more_than_random_matrices() -> None:
+    curvature, model, data = pca(fisher="empirical")
+    random = LoGra((2, 3)).start(curvature.components)
+    for component in curvature.components:
+        rows = truth(model, component.name, data).gradients.flatten(1)
+        kept = []
+        for projection in (curvature.projection, random):
+            p = torch.kron(*(projection.matrix(component, side).double() for side in ("outputs", "inputs")))
+            basis = torch.linalg.qr(p.T).Q
+            kept.append(float((rows @ basis).square().sum()))
+        assert kept[0] > kept[1]
+
+
+def test_components_without_factors_stay_random() -> None:
+    model, data = ready(Mixed()), token_rows(9)
+    curvature = ProjectedGram((2, 2), initialisation="pca", projection_seed=4).fit(model, data)
+    assert {name for name, _ in curvature.projection.given} == {"up", "head"}
+    random = LoGra((2, 2), seed=4).start(curvature.components)
+    for component in curvature.components:
+        if component.name not in ("up", "head"):
+            assert torch.equal(curvature.projection.matrix(component, "inputs"), random.matrix(component, "inputs"))
+
+
+@pytest.mark.parametrize("batch_size", [1, 10])
+def test_eigenvectors_do_not_depend_on_batches_and_are_stored(batch_size: int, tmp_path: Any) -> None:
+    curvature, model, _ = pca()
+    other, _, _ = pca(batch_size=batch_size)
+    store = Store.create(tmp_path, model, list(curvature.components))
+    store.write_curvature("c", curvature)
+    found = Store.open(tmp_path).read_curvature("c")
+    assert repr(found) == repr(curvature)
+    for component in curvature.components:
+        gradients = normal(2, *component.shape)
+        expected = curvature.solve(component, gradients)
+        torch.testing.assert_close(other.solve(component, gradients), expected)
+        assert torch.equal(found.solve(component, gradients), expected)
+
+
+def test_eigenvectors_from_parts_of_the_data() -> None:
+    """What ranks do: sums of each pass are added up before it is finished."""
+    whole, model, data = pca()
+    parts = [ProjectedGram((2, 3), initialisation="pca") for _ in range(2)]
+    with GradientCapture(model, ["up", "head"]) as capture:
+        for part in parts:
+            part.start(capture.components)
+        for _ in range(2):
+            for part, rows in zip(parts, (range(4), range(4, 10)), strict=True):
+                for ids, batch in ExampleLoader(data, 3, indices=rows):
+                    part.observe(capture, ids, batch)
+            parts[0].merge(parts[1:])
+            for key, total in parts[0].partial().items():
+                parts[1].partial()[key].copy_(total)
+            for part in parts:
+                part.finish_pass()
+    for component in whole.components:
+        gradients = normal(2, *component.shape)
+        for part in parts:
+            torch.testing.assert_close(part.solve(component, gradients), whole.solve(component, gradients))
+
+
+def test_bad_initialisation() -> None:
+    with pytest.raises(ValueError, match=r"`ProjectedGram\(initialisation='svd'\)`: expected 'random' or 'pca'"):
+        ProjectedGram(initialisation="svd")  # type: ignore[arg-type]

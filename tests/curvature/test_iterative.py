@@ -274,3 +274,12 @@ def test_a_report_in_words() -> None:
     report = Convergence(residuals, torch.tensor([2, 1]), 0.01)
     assert report.converged.tolist() == [False, True]
     assert str(report) == "1 of 2 queries converged within 2 steps, largest residual 0.2 (tolerance 0.01)"
+
+
+@pytest.mark.parametrize("kind", [GaussNewtonProduct, HessianProduct])
+def test_multiplying_is_the_product_without_damping(kind: Any) -> None:
+    curvature = SOLVERS["CG"](product=kind.kind).fit(mlp(), DATA)
+    given = vectors()
+    found = curvature.multiply(given)
+    assert {key: value.shape for key, value in found.items()} == {key: value.shape for key, value in given.items()}
+    torch.testing.assert_close(flat(found), flat(given) @ matrix_of(kind))

@@ -1,394 +1,367 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from sklearn.datasets import load_digits
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_influence.estimators.group_influence import Interactions
-from lightning_influence.selection import InteractionGreedy
+from lightning_influence import (
+    CG,
+    EKFAC,
+    KFAC,
+    Diagonal,
+    Exact,
+    GroupInfluence,
+    Identity,
+    InfluenceFunction,
+    InteractionGreedy,
+    Interactions,
+    LoGra,
+    ProjectedGram,
+    RegressionLoss,
+    Store,
+)
+from lightning_influence.capture import find_components
+from lightning_influence.errors import NotFittedError
 from tests import oracles
+from tests.curvature import oracles_second_order as dense
+from tests.curvature.models import Tokens, loss_of, mlp, normal, points, ready, texts, truth
 
+TRAIN, TARGETS = points(15), points(4, seed=3)
+GROUPS: list[Any] = [[0], [3, 1], [7, 2, 5, 0, 11], []]
 CHANGES = ("removal", "addition")
-GROUPS = [[0], [3, 1], [7, 2, 5, 0, 11], list(range(12)), []]
+DAMPING = 0.4
 
 
-@dataclass(frozen=True)
-class Problem:
-    """n = 12 examples, p = 5 parameters and a target with dense H and H_f, neither from a model."""
-
-    gradients: Tensor
-    hessian: Tensor
-    target_gradients: Tensor
-    target_hessian: Tensor
-    weight: float
-
-    @property
-    def shifts(self) -> Tensor:
-        return oracles.parameter_shifts(self.gradients, self.hessian, self.weight)
-
-    @property
-    def target_gradient(self) -> Tensor:
-        return self.target_gradients.mean(dim=0)
-
-    @property
-    def scores(self) -> Tensor:
-        return self.target_gradients @ torch.linalg.inv(self.hessian) @ self.gradients.T
-
-    def truth(self, rows: list[int], change: str, interactions: bool, target_hessian: Tensor | None = None) -> float:
-        hessian = self.target_hessian if target_hessian is None else target_hessian
-        return oracles.group_influence(self.shifts, self.target_gradient, hessian, rows, change, interactions)
+def softmax_regression() -> nn.Module:
+    return mlp(nn.Linear(3, 3))
 
 
-def problem(seed: int = 0, weight: float = 1 / 12) -> Problem:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    root, half = normal(5, 5), normal(5, 5)
-    return Problem(normal(12, 5), root @ root.T + torch.eye(5), normal(4, 5), half + half.T, weight)
+def gradients(model: nn.Module, data: list[Any], seed: int | None = None) -> Tensor:
+    """[n, P], the bias as a column of the weight; labels drawn when there is a seed."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return torch.cat([truth(model, name, data, seed).gradients.flatten(1) for name in names], dim=1)
 
 
-def explicit(case: Problem, **changes: Any) -> Interactions:
-    """F = u and M = H_f."""
-    arguments: dict[str, Any] = {
-        "values": case.shifts @ case.target_gradient,
-        "features": case.shifts,
-        "metric": case.target_hessian,
-        "ids": range(12),
-        "weight": case.weight,
-    }
-    return Interactions(**{**arguments, **changes})
+def second_order(model: nn.Module, data: list[Any], kind: str) -> Tensor:
+    """Dense mean Gauss-Newton matrix or Hessian in the same order of parameters."""
+    parameters = list(model.parameters())
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    if kind == "hessian":
+        matrix = dense.hessian(parameters, [lambda k=k: loss_of(model, data[k], k) for k in range(len(data))])  # type: ignore[misc]
+    else:
+        outputs = [lambda x=x: model(x[None])[0] for x, _ in data]  # type: ignore[misc]
+        matrix = dense.gauss_newton(parameters, outputs, dense.softmax_curve)
+    start, order = 0, []
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            (o, i), size = module.weight.shape, module.weight.numel()
+            places = torch.arange(start, start + size).reshape(o, i)
+            start += size
+            if module.bias is not None:
+                places = torch.cat([places, torch.arange(start, start + o)[:, None]], dim=1)
+                start += o
+            order += places.flatten().tolist()
+    return matrix[order][:, order].detach()
 
 
-@given(seed=st.integers(0, 10**6), weight=st.sampled_from([1 / 12, 1 / 3, 1.0]))
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("interactions", [False, True])
-def test_equals_dense_formulas(change: str, interactions: bool, seed: int, weight: float) -> None:
-    case = problem(seed, weight)
-    estimates = explicit(case).estimates(GROUPS, change, interactions)
-    truth = [case.truth(rows, change, interactions) for rows in GROUPS]
-    torch.testing.assert_close(estimates, torch.tensor(truth, dtype=torch.float64), rtol=1e-10, atol=1e-12)
+def target_matrix(model: nn.Module, kind: str) -> Tensor:
+    if kind in ("empirical", "sampled"):
+        return oracles.fisher(gradients(model, TARGETS, 0 if kind == "sampled" else None))
+    return second_order(model, TARGETS, kind)
 
 
-@given(seed=st.integers(0, 10**6), weight=st.sampled_from([None, 1 / 3]))
-@pytest.mark.parametrize("change", CHANGES)
-def test_scores_give_the_empirical_fisher(change: str, seed: int, weight: float | None) -> None:
-    case = problem(seed, 1 / 12 if weight is None else weight)
-    fisher = case.target_gradients.T @ case.target_gradients / 4
-    estimates = Interactions.from_scores(case.scores, weight).estimates(GROUPS, change)
-    truth = [case.truth(rows, change, True, fisher) for rows in GROUPS]
-    torch.testing.assert_close(estimates, torch.tensor(truth, dtype=torch.float64), rtol=1e-10, atol=1e-12)
+def expected(model: nn.Module, target: Tensor, hessian: Tensor, own: Tensor, change: str, method: str) -> Tensor:
+    pieces = (gradients(model, TRAIN), hessian, own, gradients(model, TARGETS).mean(0), target)
+    return torch.tensor(
+        [oracles.group_estimate(*pieces, group, method, change, 1 / 15) for group in GROUPS], dtype=torch.float64
+    )
 
 
-def test_curvature_scores_give_another_fisher() -> None:
-    case, other = problem(), problem(1)
-    sampled = other.target_gradients[:3]
-    fisher = sampled.T @ sampled / 3
-    scores = sampled @ torch.linalg.inv(case.hessian) @ case.gradients.T
-    interactions = Interactions.from_scores(case.scores, curvature_scores=scores)
-    for rows in GROUPS:
-        assert interactions.estimate(rows) == pytest.approx(case.truth(rows, "removal", True, fisher), abs=1e-12)
-    assert interactions.target_curvature == "sampled Fisher"
+def assert_close(found: Tensor, truth: Tensor) -> None:
+    torch.testing.assert_close(found, truth, rtol=1e-7, atol=1e-11)
 
 
-def test_sum_over_pairs() -> None:
-    interactions = explicit(problem())
-    for group in GROUPS:
-        pairs = interactions.pairwise(group)
-        quadratic = 2 * (interactions.estimate(group) - interactions.first_order(group))
-        assert float(pairs.sum()) == pytest.approx(quadratic, abs=1e-12)
-        twice_above = pairs.diagonal().sum() + 2 * pairs.triu(1).sum()
-        assert float(twice_above) == pytest.approx(quadratic, abs=1e-12)
+@pytest.mark.parametrize("build", [softmax_regression, mlp])
+@pytest.mark.parametrize("kind", ["empirical", "sampled", "gauss-newton", "hessian"])
+def test_every_target_curvature_equals_the_dense_formulas(build: Any, kind: Any) -> None:
+    """H and H_S from sampled labels of the same seed, so that even large groups can be removed."""
+    model = build()
+    curvature = Exact(damping=DAMPING, seed=3)
+    influence = GroupInfluence(model, curvature, kind, progress=False).fit(TRAIN, TARGETS)
+    rows = gradients(model, TRAIN, 3)
+    own = torch.stack([torch.outer(row, row) for row in rows])
+    hessian = own.mean(0) + DAMPING * torch.eye(len(own[0]), dtype=torch.float64)
+    target = target_matrix(model, kind)
+    for change in CHANGES:
+        for method, values in influence.table(GROUPS, change=change).items():
+            assert_close(values, expected(model, target, hessian, own, change, method))
 
 
-def test_pairwise_blocks() -> None:
-    case = problem()
-    dense = case.shifts @ case.target_hessian @ case.shifts.T
-    torch.testing.assert_close(explicit(case).pairwise([4, 0], [1, 4, 7]), dense[[4, 0]][:, [1, 4, 7]])
+@pytest.mark.parametrize("kind", ["sampled", "empirical", "gauss-newton"])
+def test_every_curvature_of_the_group_equals_the_dense_formulas(kind: Any) -> None:
+    """H by conjugate gradients on exact products."""
+    model = mlp()
+    curvature = CG(damping=DAMPING, tolerance=1e-12)
+    influence = GroupInfluence(model, curvature, group_curvature=kind, draws=2, progress=False).fit(TRAIN, TARGETS)
+    hessian = second_order(model, TRAIN, "gauss-newton")
+    hessian = hessian + DAMPING * torch.eye(len(hessian), dtype=torch.float64)
+    if kind == "gauss-newton":
+        own = torch.stack([second_order(model, [row], "gauss-newton") for row in TRAIN])
+    else:
+        draws = [gradients(model, TRAIN, seed) for seed in ((0, 1) if kind == "sampled" else (None,))]
+        own = torch.stack([rows.T @ rows / len(draws) for rows in torch.stack(draws, dim=1)])
+    target = target_matrix(model, "empirical")
+    for change in CHANGES:
+        for method, values in influence.table(GROUPS, change=change).items():
+            assert_close(values, expected(model, target, hessian, own, change, method))
 
 
-@pytest.mark.parametrize("group", GROUPS)
-def test_signs(group: list[int]) -> None:
-    """Adding is removing the other way: the first order flips, the interactions do not."""
-    interactions = explicit(problem())
-    removal, addition = (interactions.estimate(group, change) for change in CHANGES)
-    first = interactions.first_order(group)
-    assert interactions.estimate(group, "addition", interactions=False) == pytest.approx(-first)
-    assert removal - addition == pytest.approx(2 * first)
-    assert removal + addition == pytest.approx(float(interactions.pairwise(group).sum()), abs=1e-12)
+@pytest.mark.parametrize("curvature", [EKFAC(damping=0.5), KFAC(damping=0.5), Diagonal(damping=0.5), Identity()])
+@pytest.mark.parametrize("target", [EKFAC(), KFAC(seed=2), Identity()])
+def test_factored_curvatures_on_either_side(curvature: Any, target: Any) -> None:
+    """H⁻¹ and H_f as dense matrices, from unit vectors."""
+    model = mlp()
+    influence = GroupInfluence(model, type(curvature)(**curvature.settings()), type(target)(**target.settings()))
+    influence.fit(TRAIN, TARGETS)
+    components = influence.components
+    sizes = [c.numel for c in components]
+
+    def matrix(function: Any) -> Tensor:
+        parts = torch.split(torch.eye(sum(sizes)).double(), sizes, dim=1)
+        given = {c.name: p.reshape(-1, *c.shape) for c, p in zip(components, parts, strict=True)}
+        return torch.cat([function(given)[c.name].flatten(1) for c in components], dim=1)
+
+    hessian = torch.linalg.inv(matrix(influence.curvature.precondition))
+    fitted: Any = influence.target_curvature
+    own = torch.stack([torch.outer(row, row) for row in gradients(model, TRAIN, 0)])
+    if isinstance(target, EKFAC):
+        blocks = [truth(model, name, TARGETS, 0) for name in ("0", "2")]
+        oracle = torch.block_diag(*(oracles.ekfac(block.factors, block.gradients) for block in blocks))
+        torch.testing.assert_close(matrix(fitted.multiply), oracle)
+    for change in CHANGES:
+        for method, values in influence.table(GROUPS, change=change).items():
+            assert_close(values, expected(model, matrix(fitted.multiply), hessian, own, change, method))
 
 
-def test_groups_are_named_by_ids() -> None:
-    case = problem()
-    names = [f"row {row}" for row in range(12)]
-    assert explicit(case, ids=names).estimate(["row 3", "row 1"]) == explicit(case).estimate([3, 1])
-    assert explicit(case).estimate(torch.tensor([3, 1])) == explicit(case).estimate((1, 3))
+@pytest.mark.parametrize("kind", ["empirical", "sampled", "gauss-newton"])
+def test_in_the_projected_space(kind: Any) -> None:
+    """LoGra: everything with P g in place of g, and P H_f Pᵀ."""
+    model = mlp()
+    curvature = ProjectedGram((2, 3), damping=DAMPING, projection_seed=4)
+    influence = GroupInfluence(model, curvature, kind, progress=False).fit(TRAIN, TARGETS)
+    logra = LoGra((2, 3), seed=4).start(influence.components)
+    p = torch.block_diag(
+        *(torch.kron(*(logra.matrix(c, side).double() for side in ("outputs", "inputs"))) for c in influence.components)
+    )
+    rows, own = gradients(model, TRAIN) @ p.T, gradients(model, TRAIN, 0) @ p.T
+    blocks = [own[:, part].T @ own[:, part] / 15 for part in logra.slices.values()]
+    hessian = torch.block_diag(*blocks) + DAMPING * torch.eye(len(p), dtype=torch.float64)
+    member = torch.stack([torch.outer(row, row) for row in own])
+    pieces = (rows, hessian, member, p @ gradients(model, TARGETS).mean(0), p @ target_matrix(model, kind) @ p.T)
+    for change in CHANGES:
+        for method, values in influence.table(GROUPS, change=change).items():
+            truths = [oracles.group_estimate(*pieces, group, method, change, 1 / 15) for group in GROUPS]
+            assert_close(values, torch.tensor(truths, dtype=torch.float64))
 
 
-def test_selection_minimises_the_addition_estimate() -> None:
-    case = problem()
-    interactions = explicit(case, ids=[f"{row:02}" for row in range(12)])
-    selection = interactions.select(InteractionGreedy(), 0.5)
-    dense = interactions.pairwise(interactions.ids)
-    truth = oracles.greedy(interactions.values, dense, 6, interactions.ids)
-    assert list(selection.positions) == truth
-    assert selection.objective == pytest.approx(interactions.estimate(selection.ids, "addition"), abs=1e-12)
+@pytest.mark.parametrize("curvature", [EKFAC(damping=0.5), ProjectedGram((2, 2), damping=0.5)])
+def test_first_order_and_interactions_are_those_of_the_scores(curvature: Any) -> None:
+    model = mlp()
+    influence = GroupInfluence(model, curvature, progress=False).fit(TRAIN, TARGETS)
+    scores = InfluenceFunction(model, curvature, progress=False).score(TARGETS, TRAIN)
+    plain = Interactions.from_scores(scores)
+    for method, interactions in (("F", False), ("F+I", True)):
+        for change in CHANGES:
+            found = influence.estimates(GROUPS, method, change)  # type: ignore[arg-type]
+            assert_close(found, plain.estimates(GROUPS, change, interactions))  # type: ignore[arg-type]
+    torch.testing.assert_close(influence.interactions().pairwise(range(15)), plain.pairwise(range(15)))
 
 
-@dataclass(frozen=True)
-class Labelled:
-    """What `from_scores` needs of `Scores`."""
+def test_linear_regression_is_retrained_exactly() -> None:
+    """From a model and data to the exact new minimum: one output, so its Gauss-Newton factor is x itself."""
+    x, y, decay = normal(20, 3), normal(20, 1, seed=1), 0.05
 
-    values: Tensor
-    train_ids: tuple[int | str, ...]
-    query_ids: tuple[int | str, ...] = ("q0", "q1", "q2", "q3")
-    damping: float | str | None = "0.1 of the mean"
-    reduction: str = "mean"
+    def fitted(counts: Tensor) -> Tensor:
+        weighted = x.T * counts / 20
+        return torch.linalg.solve(weighted @ x + decay * torch.eye(3, dtype=torch.float64), weighted @ y)[:, 0]
 
-    def total(self) -> Tensor:
-        return self.values.sum(dim=0)
+    theta = fitted(torch.ones(20).double())
+    model = mlp(nn.Linear(3, 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(theta[None])
+    train = list(zip(x, y, strict=True))
+    targets = list(zip(normal(6, 3, seed=2), normal(6, 1, seed=3), strict=True))
+    influence = GroupInfluence(
+        model, CG(damping=decay, tolerance=1e-13), "hessian", RegressionLoss(), group_curvature="gauss-newton"
+    ).fit(train, targets)
 
+    def target_loss(weights: Tensor) -> float:
+        return sum(0.5 * float((row @ weights - value) ** 2) for row, value in targets) / 6
 
-def test_labelled_scores() -> None:
-    case = problem()
-    names = tuple(f"row {row}" for row in range(12))
-    halves = torch.stack([case.scores, case.scores]) / 2
-    interactions = Interactions.from_scores(Labelled(halves, names))
-    plain = Interactions.from_scores(case.scores)
-    assert interactions.ids == names
-    assert interactions.weight == 1 / 12
-    assert (interactions.reduction, interactions.damping) == ("mean", "0.1 of the mean")
-    assert interactions.target_curvature == "empirical Fisher"
-    assert interactions.estimate(["row 3", "row 1"]) == pytest.approx(plain.estimate([3, 1]))
-    assert Interactions.from_scores(Labelled(halves, names), ids=range(12)).ids == tuple(range(12))
-    mixed = Interactions.from_scores(Labelled(halves, names), curvature_scores=case.scores)
-    assert mixed.estimate(["row 3"]) == pytest.approx(plain.estimate([3]))
-    assert Interactions.from_scores(case.scores, target_curvature="mine").target_curvature == "mine"
+    for change, step in (("removal", -1), ("addition", 1)):
+        for group in ([4], [1, 5, 7], list(range(0, 20, 2))):
+            counts = torch.ones(20).double()
+            counts[group] += step
+            actual = target_loss(fitted(counts)) - target_loss(theta)
+            assert influence.estimate(group, "N+I", change) == pytest.approx(actual, abs=1e-10)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_small_scores_do_not_vanish(dtype: torch.dtype) -> None:
-    scores = torch.full((4, 10), 2**-14).to(dtype)
-    interactions = Interactions.from_scores(scores, weight=1e-6)
-    assert interactions.features.dtype == torch.float32
-    torch.testing.assert_close(interactions.values, torch.full((10,), 1e-6 * 2**-14, dtype=torch.float64))
-    assert float(interactions.pairwise([0])) == pytest.approx((1e-6 * 2**-14) ** 2, rel=1e-6)
+@pytest.mark.parametrize("examples", [1, 2, 5])
+def test_memory_and_batches_do_not_matter(examples: int) -> None:
+    """Groups are worked on as few at a time as memory asks for, and again in other calls."""
+    model, groups = mlp(), [[0], [3, 1], [2], [3, 4, 1, 9, 8], [14, 0]]
+    groups = [group[:examples] for group in groups]
+    whole = GroupInfluence(model, EKFAC(damping=0.5), progress=False).fit(TRAIN, TARGETS)
+    budget = examples * 3 * 28 * 8  # 28 parameters; the gradient, and one drawn row before and after H⁻¹
+    small = GroupInfluence(
+        model, EKFAC(damping=0.5), batch_size=2, memory_budget=max(budget, 4 * 28 * 8), progress=False
+    ).fit(TRAIN, TARGETS)
+    for method, values in small.table(groups).items():
+        assert_close(values, whole.table(groups)[method])
+        assert_close(small.estimates(groups[::-1], method), values.flip(0))
+    torch.testing.assert_close(small.interactions().pairwise([4, 2]), whole.interactions([2, 9, 4]).pairwise([4, 2]))
 
 
-def test_inputs_are_untouched() -> None:
-    for targets in (1, 4):
-        scores = problem().scores[:targets]
-        before = scores.clone()
-        Interactions.from_scores(scores, curvature_scores=scores)
-        assert torch.equal(scores, before)
+def test_a_permuted_training_set() -> None:
+    order = [4, 0, 14, 8, 2, 6, 1, 13, 5, 3, 7, 11, 9, 10, 12]
+    settings: Any = {"group_curvature": "empirical", "progress": False}
+    one = GroupInfluence(mlp(), Exact(damping=DAMPING, fisher="empirical"), **settings).fit(TRAIN, TARGETS)
+    other = GroupInfluence(mlp(), Exact(damping=DAMPING, fisher="empirical"), **settings).fit(
+        [TRAIN[k] for k in order], TARGETS[::-1]
+    )
+    moved = [[order.index(name) for name in group] for group in GROUPS]
+    for method, values in one.table(GROUPS).items():
+        assert_close(other.estimates(moved, method), values)
 
 
-# Logistic regression, where everything is known
+def test_a_pool_beside_the_training_data() -> None:
+    """Groups of new examples at the weight of the training examples."""
+    model, pool = mlp(), points(6, seed=8)
+    influence = GroupInfluence(model, Exact(damping=DAMPING), progress=False).fit(TRAIN, TARGETS, pool)
+    curvature = Exact(damping=DAMPING).fit(model, TRAIN)
+    alone = GroupInfluence(model, curvature, progress=False).fit(pool, TARGETS, weight=1 / 15)
+    assert_close(influence.estimates([[0, 5]], "N+I", "addition"), alone.estimates([[0, 5]], "N+I", "addition"))
+    assert len(influence.interactions()) == 6
+    with pytest.raises(ValueError, match=re.escape("expected a group of the 6 examples it was made of. Unknown: id 6")):
+        influence.estimate([6])
 
 
-def binary(n: int = 60, d: int = 4, decay: float = 0.05) -> tuple[Tensor, Tensor, Tensor, Interactions, Tensor]:
-    """Inputs, labels, parameters at the minimum, interactions with exact H and H_f, and M = H⁻¹ H_f H⁻¹."""
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(n, d, generator=generator, dtype=torch.float64)
-    direction = torch.randn(d, generator=generator, dtype=torch.float64)
-    labels = (inputs @ direction + torch.randn(n, generator=generator, dtype=torch.float64) > 0).double()
-    theta = oracles.fit_binary(inputs, labels, decay)
-    hessian = oracles.binary_hessian(inputs, theta, decay)
-    target = torch.randn(40, d, generator=generator, dtype=torch.float64)
-    target_hessian = oracles.binary_hessian(target, theta, 0.0)
-    target_gradient = oracles.binary_gradients(target, (target @ direction > 0).double(), theta).mean(dim=0)
-    shifts = oracles.parameter_shifts(oracles.binary_gradients(inputs, labels, theta), hessian, 1 / n)
-    interactions = Interactions(shifts @ target_gradient, shifts, target_hessian, ids=range(n), weight=1 / n)
-    inverse = torch.linalg.inv(hessian)
-    return inputs, labels, theta, interactions, inverse @ target_hessian @ inverse
+def test_views_and_selection_come_from_the_interactions() -> None:
+    for target in ("sampled", "gauss-newton"):
+        influence = GroupInfluence(mlp(), EKFAC(damping=0.5), target, progress=False).fit(TRAIN, TARGETS)  # type: ignore[arg-type]
+        interactions = influence.interactions()
+        assert interactions.target_curvature == {"sampled": "sampled Fisher"}.get(target, target)
+        labels = [int(y) for _, y in TRAIN]
+        assert interactions.mean_interactions(labels).labels == (0, 1, 2)
+        selection = interactions.select(InteractionGreedy(), 3)
+        found = influence.estimate(selection.ids, "F+I", "addition")
+        assert selection.objective == pytest.approx(found, abs=1e-12)
+        assert interactions.damping == "0.5"
 
 
-def test_closed_form_for_binary_logistic_regression() -> None:
-    """Proposition 1 of [IA]."""
-    inputs, labels, theta, interactions, metric = binary()
-    n = len(labels)
-    errors = oracles.binary_probabilities(inputs, theta) - labels
-    closed = errors[:, None] * errors[None, :] * (inputs @ metric @ inputs.T) / n**2
-    torch.testing.assert_close(interactions.pairwise(range(n)), closed, rtol=1e-10, atol=1e-16)
+def test_language_models() -> None:
+    """Sequences of unequal length with masked labels; sampled and empirical Fishers, factored gradients."""
+    model, train, targets = ready(Tokens()), texts(10), texts(3, seed=5)
+    influence = GroupInfluence(model, EKFAC(damping=1.0), components=["up", "head"], progress=False)
+    table = influence.fit(train, targets).table([[0, 3], range(4)])
+    assert all(values.isfinite().all() for values in table.values())
+    scores = InfluenceFunction(model, influence.curvature).score(targets, train)
+    assert_close(table["F+I"], Interactions.from_scores(scores).estimates([[0, 3], range(4)]))
 
 
-def test_sign_structure_for_binary_logistic_regression() -> None:
-    """Among alike inputs (x_iᵀ M x_j > 0) K is positive within a class and negative across; else reversed."""
-    inputs, labels, _, interactions, metric = binary()
-    pairs = interactions.pairwise(range(len(labels)))
-    alike = inputs @ metric @ inputs.T > 0
-    same_class = labels[:, None] == labels[None, :]
-    assert torch.equal(pairs > 0, alike == same_class)
-    assert {(bool(a), bool(s)) for a, s in zip(alike.flatten(), same_class.flatten(), strict=True)} == {
-        (a, s) for a in (False, True) for s in (False, True)
-    }
+def test_members_without_a_label_change_nothing() -> None:
+    train = [(TRAIN[0][0], torch.tensor(-100)), *TRAIN[1:]]
+    influence = GroupInfluence(mlp(), Exact(damping=DAMPING), progress=False).fit(train, TARGETS)
+    for values in influence.table([[0], [0, 3], [3]]).values():
+        assert float(values[0]) == 0
+        assert float(values[1]) == pytest.approx(float(values[2]))
 
 
-def digits(classes: int = 3, n: int = 300, m: int = 200) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training inputs and labels, target inputs and labels, with a column of ones for the bias."""
-    inputs, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
-    order = (labels < classes).nonzero().flatten()
-    order = order[torch.randperm(len(order), generator=torch.Generator().manual_seed(0))]
-    inputs = torch.cat([inputs[order].double() / 16, torch.ones(len(order), 1).double()], dim=1)
-    return inputs[:n], labels[order][:n], inputs[n : n + m], labels[order][n : n + m]
-
-
-def on_digits(decay: float = 0.01) -> tuple[Tensor, Interactions]:
-    inputs, labels, target, target_labels = digits()
-    theta = oracles.fit_softmax(inputs, labels, 3, decay)
-    gradients = oracles.softmax_gradients(inputs, labels, theta)
-    shifts = torch.linalg.solve(oracles.softmax_hessian(inputs, theta, decay), gradients.T).T / 300
-    values = shifts @ oracles.softmax_gradients(target, target_labels, theta).mean(dim=0)
-    metric = oracles.softmax_hessian(target, theta, 0.0)
-    return theta, Interactions(values, shifts, metric, ids=range(300), weight=1 / 300)
-
-
-def test_closed_form_for_several_classes() -> None:
-    """K_ij = (1/n²)(p_i − e_{y_i})ᵀ [J_iᵀ M J_j] (p_j − e_{y_j}); the logits' Jacobian is I ⊗ x."""
-    inputs, labels, target, _ = digits()
-    theta, interactions = on_digits()
-    inverse = torch.linalg.inv(oracles.softmax_hessian(inputs, theta, 0.01))
-    metric = inverse @ oracles.softmax_hessian(target, theta, 0.0) @ inverse
-    errors = oracles.softmax_probabilities(inputs, theta) - torch.nn.functional.one_hot(labels, 3)
-    jacobians = [torch.kron(torch.eye(3).double(), x[:, None]) for x in inputs[:6]]
-    closed = [
-        [float(errors[i] @ (jacobians[i].T @ metric @ jacobians[j]) @ errors[j]) for j in range(6)] for i in range(6)
-    ]
-    torch.testing.assert_close(interactions.pairwise(range(6)), torch.tensor(closed, dtype=torch.float64) / 300**2)
-
-
-@pytest.mark.parametrize(("size", "decay"), [(15, 0.01), (30, 0.01), (30, 0.1)])
-def test_interactions_bring_the_estimate_closer_to_retraining(size: int, decay: float) -> None:
-    """40 groups of nearest neighbours in softmax space, 5 or 10 % of a convex model's training set, left out."""
-    inputs, labels, target, target_labels = digits()
-    theta, interactions = on_digits(decay)
-    outputs = oracles.softmax_probabilities(inputs, theta)
-    groups = [torch.cdist(outputs[a : a + 1], outputs)[0].argsort()[:size].tolist() for a in range(40)]
-
-    def target_loss(parameters: Tensor) -> float:
-        return float(oracles.softmax_losses(target, target_labels, parameters).mean())
-
-    def retrained(group: list[int]) -> float:
-        kept = torch.ones(300, dtype=torch.bool).index_fill(0, torch.tensor(group), False)
-        decay_of_the_rest = decay * 300 / (300 - size)  # L keeps its 1/n when a group is left out
-        found = oracles.fit_softmax(inputs[kept], labels[kept], 3, decay_of_the_rest, start=theta)
-        return target_loss(found) - target_loss(theta)
-
-    truth = torch.tensor([retrained(group) for group in groups], dtype=torch.float64)
-    first_order = interactions.estimates(groups, interactions=False)
-    with_interactions = interactions.estimates(groups)
-    assert (with_interactions - truth).abs().mean() < 0.85 * (first_order - truth).abs().mean()
-    assert spearman(with_interactions, truth) > spearman(first_order, truth)
-
-
-def spearman(left: Tensor, right: Tensor) -> float:
-    ranks = torch.stack([left.argsort().argsort(), right.argsort().argsort()]).double()
-    return float(torch.corrcoef(ranks)[0, 1])
+def test_from_a_store(tmp_path: Any) -> None:
+    model = mlp()
+    curvature = EKFAC(damping=0.5).fit(model, TRAIN)
+    store = Store.create(tmp_path, model, find_components(model))
+    store.write_curvature("curvature", curvature)
+    found = GroupInfluence.from_store(model, tmp_path, target_curvature="sampled", progress=False).fit(TRAIN, TARGETS)
+    known = GroupInfluence(model, curvature, "sampled", progress=False).fit(TRAIN, TARGETS)
+    assert torch.equal(found.estimates(GROUPS), known.estimates(GROUPS))
 
 
 # Bad input
 
 
 def refused(message: str) -> Any:
-    return pytest.raises(ValueError, match=f"^{re.escape(message)}$")
-
-
-def test_bad_groups() -> None:
-    interactions = explicit(problem())
-    with refused("`Interactions`: expected a group of the 12 examples it was made of. Unknown: ids 12, '3'."):
-        interactions.estimate([0, 12, "3"])
-    with refused("`Interactions`: expected each example of a group once. Repeated: id 3."):
-        interactions.pairwise([3, 1, 3])
-    with refused("`Interactions.estimates(change='remove')`: expected 'removal' or 'addition'."):
-        interactions.estimate([0], "remove")
-
-
-WEIGHT = (
-    "expected a number > 0, such as 1/n for n training examples, or 1/k when the model will be trained on k selected "
-    "examples alone."
-)
-
-
-@pytest.mark.parametrize("weight", [0, -1.0, float("nan"), float("inf"), True, "1/n"])
-def test_bad_weights(weight: Any) -> None:
-    with refused(f"`Interactions(weight={weight!r})`: {WEIGHT}"):
-        explicit(problem(), weight=weight)
-    with refused(f"`Interactions.from_scores(weight={weight!r})`: {WEIGHT}"):
-        Interactions.from_scores(torch.ones(2, 3), weight)
+    return pytest.raises(ValueError, match=re.escape(message))
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("options", "message"),
     [
-        ({"ids": range(11)}, "`Interactions(ids)`: expected one id for each of the 12 values. Got 11."),
         (
-            {"features": torch.full((12, 5), torch.nan)},
-            "`Interactions(features)`: expected finite numbers. 12 of 12 examples have NaN or infinite features: "
-            "ids 0, 1, 2, 3, 4, ... (7 more). Look at their loss, or leave them out.",
+            {"target_curvature": "fisher"},
+            "(target_curvature='fisher')`: expected one of 'empirical', 'sampled', 'gauss-",
         ),
+        (
+            {"target_curvature": ProjectedGram()},
+            "expected 'empirical' or 'sampled', which are Fishers in the projected",
+        ),
+        ({"group_curvature": "hessian"}, "(group_curvature='hessian')`: expected 'sampled', 'empirical' or 'gauss-"),
+        ({"draws": 0}, "(draws=0)`: expected an int >= 1."),
     ],
 )
-def test_bad_parts(changes: dict[str, Any], message: str) -> None:
+def test_bad_options(options: dict[str, Any], message: str) -> None:
     with refused(message):
-        explicit(problem(), **changes)
+        GroupInfluence(mlp(), **options)
 
 
-SCORES = "expected a real tensor [m, n] with m >= 1 target and n >= 1 pool examples, summed over components."
+def test_questions_that_are_refused_before_any_pass() -> None:
+    influence = GroupInfluence(mlp(), Exact(damping=DAMPING), progress=False)
+    with pytest.raises(NotFittedError, match=re.escape("`GroupInfluence.estimates`: call fit(train, targets) first.")):
+        influence.estimate([0])
+    influence.fit(TRAIN, TARGETS)
+    with refused("`GroupInfluence`: expected a group of the 15 examples it was made of. Unknown: ids 15, 'a'."):
+        influence.estimates([[0], [15, "a"]])
+    with refused("`GroupInfluence`: expected each example of a group once. Repeated: id 3."):
+        influence.estimates([[3, 1, 3]])
+    with refused("`GroupInfluence.estimates(method='X')`: expected one of 'F', 'F+I', 'F+B', 'F+I+B', 'N', 'N+I'."):
+        influence.estimates([[0]], "X")  # type: ignore[arg-type]
+    with refused("`GroupInfluence.fit(weight=-1)`: expected a number > 0"):
+        influence.fit(TRAIN, TARGETS, weight=-1)
 
 
-@pytest.mark.parametrize("shape", [(3,), (2, 3, 4), (0, 4), (4, 0)])
-def test_bad_shapes_of_scores(shape: tuple[int, ...]) -> None:
-    with refused(f"`Interactions.from_scores(scores)`: {SCORES} Got shape {list(shape)}."):
-        Interactions.from_scores(torch.ones(shape))
-    with refused(f"`Interactions.from_scores(curvature_scores)`: {SCORES} Got shape {list(shape)}."):
-        Interactions.from_scores(torch.ones(3, 4), curvature_scores=torch.ones(shape))
+def test_too_little_damping_for_a_removal() -> None:
+    """The message names the group and a damping that suffices."""
+    settings: Any = {"group_curvature": "empirical", "progress": False}
+    weak = GroupInfluence(mlp(), Exact(damping=0.01), **settings).fit(TRAIN, TARGETS)
+    with refused("removing the group of ids 7, 2, 5, 0, 11 (5 in all) takes away more curvature") as caught:
+        weak.estimates([GROUPS[2]])
+    assert "to the damping (0.01), which is sufficient" in str(caught.value)
+    extra = float(re.search(r"Add more than (\S+)", str(caught.value)).group(1))  # type: ignore[union-attr]
+    enough = GroupInfluence(mlp(), Exact(damping=0.01 + 1.01 * extra), **settings).fit(TRAIN, TARGETS)
+    assert enough.estimates([GROUPS[2]]).isfinite().all()
 
 
-def labelled(*names: str, scores: Tensor | None = None) -> Labelled:
-    return Labelled(torch.ones(1, 4, len(names)) if scores is None else scores[None], names)
+def test_too_little_memory() -> None:
+    with refused(
+        "`GroupInfluence(target_curvature='empirical')`: the gradients of 4 targets need 8.96e-07 GB; expected"
+    ):
+        GroupInfluence(mlp(), EKFAC(), memory_budget=800, progress=False).fit(TRAIN, TARGETS)
+    influence = GroupInfluence(mlp(), EKFAC(), "gauss-newton", memory_budget=1500, progress=False).fit(TRAIN, TARGETS)
+    assert influence.estimates([[0], [1], [2]], "F+I").isfinite().all()
+    with refused("`GroupInfluence`: the gradients of 3 examples need 2.02e-06 GB; expected at most memory_budget=1500"):
+        influence.estimates([[0, 1, 2]])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            {"scores": torch.ones(2, 3), "curvature_scores": torch.ones(2, 4)},
-            "(curvature_scores)`: expected the pool of the scores, 3 columns. Got 4.",
-        ),
-        (
-            {"scores": labelled("a", "b"), "curvature_scores": labelled("b", "a")},
-            "(curvature_scores)`: expected the pool of the scores, the same ids in the same order. Column 0 is id 'b' "
-            "there and 'a' in the scores.",
-        ),
-        (
-            {"scores": torch.ones(2, 3), "ids": [0, 1]},
-            "(ids)`: expected one id for each of the 3 values. Got 2.",
-        ),
-        (
-            {"scores": labelled("a", "b", scores=torch.tensor([[0.0, torch.nan], [1.0, 1.0]]))},
-            "(scores)`: expected finite numbers. 1 of 2 pool examples have NaN or infinite scores: id 'b'. "
-            "Look at their loss, or leave them out.",
-        ),
-        (
-            {"scores": labelled("a", "b", scores=torch.tensor([[0.0, 1.0], [torch.nan, torch.inf]]))},
-            "(scores)`: expected finite numbers. 1 of 2 target examples have NaN or infinite scores: id 'q1'. "
-            "Look at their loss, or leave them out.",
-        ),
-        (
-            {"scores": torch.ones(2, 2), "curvature_scores": torch.tensor([[0.0, 1.0], [torch.nan, 1.0]])},
-            "(curvature_scores)`: expected finite numbers. 1 of 2 pool examples have NaN or infinite "
-            "curvature_scores: id 0. Look at their loss, or leave them out.",
-        ),
-    ],
-)
-def test_bad_scores(arguments: dict[str, Any], message: str) -> None:
-    with refused(f"`Interactions.from_scores{message}"):
-        Interactions.from_scores(**arguments)
+def test_data_that_is_refused() -> None:
+    silent = [(x, torch.tensor(-100)) for x, _ in points(2)]
+    with refused("2 of 2 queries have no supervised target (ids [0, 1])"):
+        GroupInfluence(mlp(), progress=False).fit(TRAIN, silent)
+    with refused("Tokens returns outputs of shape (1, 6, 7); expected [n] or [n, o] with o <= 128"):
+        GroupInfluence(ready(Tokens()), group_curvature="gauss-newton", progress=False).fit(texts(4), texts(2))
+    fitted = EKFAC().fit(mlp(), TARGETS, components=["0"])
+    with refused("was fitted on other components. Expected those of the curvature, or an unfitted one."):
+        GroupInfluence(mlp(), target_curvature=fitted, progress=False).fit(TRAIN, TARGETS)

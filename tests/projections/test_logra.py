@@ -66,3 +66,23 @@ def test_split(size: int, rows: int, columns: int) -> None:
 def test_pairs_out_of_range(pair: Any) -> None:
     with pytest.raises(ValueError, match=r"`LoGra\(dimensions=\(.*\)\)`: expected a pair \(k_out, k_in\) of ints >= 1"):
         LoGra(pair)
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_given_matrices_take_the_place_of_random_ones(case: str) -> None:
+    shape, kind = SHAPES[case]
+    one, found = component("layer", shape), record(shape, kind)
+    projection = LoGra((2, 3)).start([one])
+    rows, columns = matrix_shape(one)
+    k_out, k_in = projection.sides["layer"]
+    if k_in == columns:
+        return
+    matrix = torch.randn(k_in, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    projection.give(one, "inputs", matrix)
+    assert torch.equal(projection.matrix(one, "inputs"), matrix)
+    gradients = found.example_gradients().reshape(len(found), rows, columns)
+    outputs = projection.matrix(one, "outputs").double()
+    torch.testing.assert_close(projection.project(one, found), (outputs @ gradients @ matrix.T).flatten(1))
+    with pytest.raises(ValueError, match=r"`LoGra.give\('layer', 'outputs'\)`: expected a matrix \["):
+        projection.give(one, "outputs", torch.ones(k_out + 1, rows))
+    assert projection.start([one]).given == {}

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_influence.estimators.group_influence import Interactions
+from lightning_influence.estimators.interactions import Interactions
 from lightning_influence.estimators.scores import Scores
 from lightning_influence.selection import (
     InteractionGreedy,

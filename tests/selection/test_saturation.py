@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_influence.estimators.group_influence import Interactions
+from lightning_influence.estimators.interactions import Interactions
 from lightning_influence.selection import InteractionGreedy, TopK
 from lightning_influence.selection.saturation import gain_curve, saturating_weight, select_at_saturation
 
