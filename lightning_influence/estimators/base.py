@@ -20,6 +20,7 @@ from lightning_influence.estimators.queries import Labels as Labels
 from lightning_influence.estimators.queries import Loss as Loss
 from lightning_influence.estimators.queries import check_supervised as check_supervised
 from lightning_influence.estimators.queries import damping_label as damping_label
+from lightning_influence.estimators.queries import inverse_length as inverse_length
 from lightning_influence.estimators.scores import Scores
 from lightning_influence.estimators.self_influence import SELF, self_products
 from lightning_influence.estimators.token_scores import Positions, TokenScores, joined
@@ -37,6 +38,8 @@ class Estimator(ABC):
         model: The model at the parameters of interest. Left as it was.
         loss: Per-example loss; None resolves it from the model and the first batch.
         components: What `find_components` takes.
+        query_loss: What is measured of a query, where it is not its loss: any differentiable ``(model, batch) -> [n]``
+            or `ExampleLoss`, such as a margin. A score > 0 then means that adding the example lowers that.
         normalise: Whether every example's gradient is scaled to unit length first, over all components. The
             length of a gradient grows with an example's loss and its number of tokens, and then decides alone.
         batch_size: Examples per batch; None takes the loader's, or 32.
@@ -59,6 +62,7 @@ class Estimator(ABC):
         loss: Loss = None,
         components: Select | list[Component] = None,
         *,
+        query_loss: Loss = None,
         normalise: bool = False,
         batch_size: int | None = None,
         memory_budget: int = 2 * 1024**3,
@@ -66,6 +70,8 @@ class Estimator(ABC):
     ) -> None:
         self.model = model
         self.loss = loss
+        self.query_loss = query_loss
+        self.asked = loss if query_loss is None else query_loss
         self.capture = GradientCapture(model, components)
         self.normalise = normalise
         self.batch_size = batch_size
@@ -226,10 +232,10 @@ class Estimator(ABC):
         Raises:
             ValueError: If the estimator has no such product, the data is empty, or a loss is not finite.
         """
-        if not (self.bilinear and self.one_model):
+        if not (self.bilinear and self.one_model and self.query_loss is None):
             raise ValueError(
                 f"`{type(self).__name__}.self_influence(train)`: an example has no product with itself here. Expected "
-                "an estimator with one model and a score linear in each gradient: InfluenceFunction or GradientDot."
+                "one model and loss, and a score linear in each gradient: an InfluenceFunction without query_loss, say."
             )
         loader = self._loader(train)
         with self.capture:
@@ -255,7 +261,7 @@ class Estimator(ABC):
         loader = self._loader(queries)
         self._check_queries(loader)
         with self.capture:
-            for records in self._records(loader, "checking queries", labels, seed):
+            for records in self._records(loader, "checking queries", labels, seed, self.asked):
                 next(records)  # the first record takes the passes, all others follow from them
 
     def _described(self, *notes: str) -> str:
@@ -282,10 +288,12 @@ class Estimator(ABC):
         return ExampleLoader(data, self.batch_size)
 
     def _check_queries(self, queries: ExampleLoader) -> None:
-        check_supervised(self.model, queries, self.loss)
+        check_supervised(self.model, queries, self.asked)
 
     def _reduction(self, queries: ExampleLoader, train: ExampleLoader) -> str:
-        return loss_for(self.model, queries, self.loss).reduction
+        asked = loss_for(self.model, queries, self.asked).reduction
+        own = asked if self.query_loss is None else loss_for(self.model, train, self.loss).reduction
+        return own if own == asked else f"query: {asked}, training example: {own}"
 
     def _query_blocks(self, loader: ExampleLoader) -> Iterator[ExampleLoader]:
         wide = any(parameter.dtype == torch.float64 for parameter in self.model.parameters())
@@ -328,7 +336,7 @@ class Estimator(ABC):
         """Gradients of queries by component, each [q, *shape], scaled to unit length where that is asked."""
         found: dict[str, list[Tensor]] = {c.name: [] for c in self.components}
         with self.capture:
-            for records in self._records(loader, "query gradients", labels, seed):
+            for records in self._records(loader, "query gradients", labels, seed, self.asked):
                 for component, record in records:
                     found[component.name].append(record.example_gradients())
         gradients = {name: torch.cat(parts) for name, parts in found.items()}
@@ -376,21 +384,14 @@ class Estimator(ABC):
         return self_products(records, self.transform, self.memory_budget)
 
     def _records(
-        self, loader: ExampleLoader, what: str, labels: Labels = "data", seed: int = 0
+        self, loader: ExampleLoader, what: str, labels: Labels = "data", seed: int = 0, loss: Loss = None
     ) -> Iterator[Iterator[tuple[Component, LayerRecord]]]:
         """For each batch, its (component, record) pairs, to be used up before the next; the capture is active."""
         device = next(self.model.parameters()).device
-        loss = loss_for(self.model, loader, self.loss).where_supervised()
+        loss = loss_for(self.model, loader, self.loss if loss is None else loss).where_supervised()
         label = f"{type(self).__name__}: {what}"
         for ids, batch in tqdm(loader, desc=label, delay=3, leave=False, disable=not self.progress):
             batch = to_device(batch, device)
             losses = sampled_losses(loss, ids, seed) if labels == "sampled" else loss.losses
             records = self.capture.record(batch, losses, ids, loss.position_mask(batch), loss.batch_size(batch))
             yield zip(self.components, records, strict=True)
-
-
-def inverse_length(squares: Tensor) -> Tensor:
-    """1 / length; 0 for an example without any gradient, whose scores are 0 then."""
-    return torch.where(
-        squares > 0, squares.clamp_min(torch.finfo(squares.dtype).tiny).rsqrt(), torch.zeros_like(squares)
-    )

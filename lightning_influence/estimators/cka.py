@@ -50,9 +50,9 @@ class CKA(Estimator):
         return dict(gradients)
 
     def _records(
-        self, loader: ExampleLoader, what: str, labels: Labels = "data", seed: int = 0
+        self, loader: ExampleLoader, what: str, labels: Labels = "data", seed: int = 0, loss: Loss = None
     ) -> Iterator[Iterator[tuple[Component, LayerRecord]]]:
-        for records in super()._records(loader, what, labels, seed):
+        for records in super()._records(loader, what, labels, seed, loss):
             yield ((c, AlignedRecord(r.ids, c, r)) for c, r in records)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_influence.capture import ExampleLoader, LayerRecord
 from lightning_influence.curvature.base import loss_for
-from lightning_influence.estimators.base import Estimator, check_supervised
+from lightning_influence.estimators.base import Estimator
 from lightning_influence.estimators.component_dots import ComponentDots
 from lightning_influence.estimators.pair_dots import Bar, PairDots, tqdm_bar
 from lightning_influence.estimators.pair_inputs import Side, checked_pairs
@@ -80,14 +80,15 @@ class GradientDot(Estimator):
             StoreError: If the store holds other pairs under this name.
         """
         left, right = self._loader(queries), self._loader(train)
-        check_supervised(self.model, left, self.loss)
+        self._check_queries(left)
         numbers = None
         if candidates is not None:
             numbers, ids = checked_pairs("GradientDot.pairs(candidates=...)", candidates, left, right)
             right = ExampleLoader(right, indices=ids)
         if batch_positions < 1:
             raise ValueError(f"`GradientDot.pairs(batch_positions={batch_positions})`: expected an int >= 1.")
-        losses = [loss_for(self.model, loader, self.loss).where_supervised() for loader in (left, right)]
+        both = ((left, self.asked), (right, self.loss))
+        losses = [loss_for(self.model, loader, loss).where_supervised() for loader, loss in both]
         job = PairDots(
             capture=self.capture,
             sides=(Side(left, losses[0]), Side(right, losses[1])),

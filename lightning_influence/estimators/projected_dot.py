@@ -146,10 +146,10 @@ class ProjectedDot(Estimator):
         return write_matrix(path, loader.num_examples, sum(self.sizes.values()), dtype, settings, work)
 
     def _records(
-        self, loader: ExampleLoader, what: str, labels: Labels = "data", seed: int = 0
+        self, loader: ExampleLoader, what: str, labels: Labels = "data", seed: int = 0, loss: Loss = None
     ) -> Iterator[Iterator[tuple[Component, LayerRecord]]]:
         """Records of projected gradients: all that follows is the same as for whole ones."""
-        for records in super()._records(loader, what, labels, seed):
+        for records in super()._records(loader, what, labels, seed, loss):
             yield ((c, DenseRecord(r.ids, self.projection.project(c, r))) for c, r in records)
 
     def _query_numel(self) -> int:

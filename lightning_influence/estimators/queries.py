@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from lightning_influence.capture import ExampleLoader, ExampleLoss
@@ -70,3 +71,10 @@ def damping_label(curvature: Curvature) -> str | None:
     if settings.get("damping") is not None:
         return f"{settings['damping']}"
     return f"{settings['damping_share']} x mean eigenvalue" if "damping_share" in settings else None
+
+
+def inverse_length(squares: Tensor) -> Tensor:
+    """1 / length; 0 for an example without any gradient, whose scores are 0 then."""
+    return torch.where(
+        squares > 0, squares.clamp_min(torch.finfo(squares.dtype).tiny).rsqrt(), torch.zeros_like(squares)
+    )

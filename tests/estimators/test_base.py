@@ -292,3 +292,49 @@ def test_means_that_are_not() -> None:
         CKA(ready(Mixed())).score(QUERIES, TRAIN, aggregate="mean")
     with pytest.raises(ValueError, match=r"`GradientDot.top\(aggregate='sum'\)`: expected None or 'mean'"):
         GradientDot(ready(Mixed())).top(QUERIES, TRAIN, 1, aggregate="sum")  # type: ignore[arg-type]
+
+
+# What is measured of a query
+
+
+def margin(model: nn.Module, batch: Any) -> Tensor:
+    """Nothing like the loss."""
+    outputs = model(batch[0])
+    return outputs[:, 0] - outputs[:, 1:].tanh().sum(1)
+
+
+def dense(model: nn.Module, rows: Any, measured: Callable[[nn.Module, Any], Tensor]) -> Tensor:
+    """Gradients [n, P] of each row alone."""
+    values = [measured(model, (row[0][None], torch.as_tensor(row[1])[None])).sum() for row in rows]
+    return torch.stack(
+        [torch.cat([g.flatten() for g in torch.autograd.grad(v, [*model.parameters()])]) for v in values]
+    )
+
+
+@pytest.mark.parametrize("curved", [False, True])
+def test_any_measurement_of_the_queries(curved: bool) -> None:
+    model, queries, train = mlp(), points(4, seed=3), points(9)
+    gradients = dense(model, train, lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1]))
+    inverse = torch.eye(gradients.shape[1], dtype=gradients.dtype)
+    if curved:
+        inverse = (gradients.T @ gradients / 9 + 0.1 * inverse).inverse()
+        curvature = Exact(fisher="empirical", damping=0.1)
+        estimator: Estimator = InfluenceFunction(model, curvature, query_loss=margin).fit(train)
+    else:
+        estimator = GradientDot(model, query_loss=margin)
+    found = estimator.score(queries, train)
+    torch.testing.assert_close(found.values, dense(model, queries, margin) @ inverse @ gradients.T)
+    assert found.reduction == "query: defined by a function, training example: sum"
+    assert estimator.top(queries, train, 2).train_ids[0] == tuple(found.values[0].topk(2).indices.tolist())
+    with pytest.raises(ValueError, match="no product with itself"):
+        estimator.self_influence(train)
+    if isinstance(estimator, GradientDot):
+        pairs = estimator.pairs(queries, train)
+        torch.testing.assert_close(pairs.dots.sum(0).reshape(4, 9), found.values)
+
+
+def test_a_measurement_without_a_derivative_is_refused() -> None:
+    estimator = GradientDot(mlp(), query_loss=lambda model, batch: (model(batch[0]).argmax(1) == batch[1]).double())
+    for act in (lambda: estimator.check(points(4)), lambda: estimator.score(points(4), points(9))):
+        with pytest.raises(ValueError, match="the losses do not depend on any component: is the loss detached"):
+            act()
