@@ -133,7 +133,7 @@ class NewtonPool:
         """
         k = resolve_budget(budget, len(self.features), "NewtonPool.ridge")
         generator = torch.Generator().manual_seed(seed)
-        mean = float(self.features.double().square().sum(1).mean())
+        mean = float(torch.linalg.vector_norm(self.features, dtype=torch.float64)) ** 2 / len(self.features)
         errors = torch.zeros(len(SHARES), dtype=torch.float64)
         for _ in range(draws):
             rows = torch.randperm(len(self.features), generator=generator)[:k]

@@ -237,6 +237,7 @@ def test_budget_and_rule_of_one_call() -> None:
     assert chosen.budget == round(0.25 * pool)
     assert chosen.rule == repr(Random(seed=1))
     assert selector.select(Net(), progress=False).budget == 3
+    assert selector.select(Net(), rule="newton", progress=False).rule.startswith("NewtonGreedy(ridge=")
     with pytest.raises(ValueError, match=r"`DataSelector.select\(budget=0\)`"):
         selector.select(Net(), budget=0)
 
