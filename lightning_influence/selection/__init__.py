@@ -32,6 +32,7 @@ from lightning_influence.selection.redundancy_filter import RedundancyFilter
 from lightning_influence.selection.refinement import refine
 from lightning_influence.selection.round_robin import RoundRobin
 from lightning_influence.selection.selection import Selection
+from lightning_influence.selection.sharded_greedy import select_sharded
 from lightning_influence.selection.top_k import TopK
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "refine",
     "resolve_budget",
     "select_by_scores",
+    "select_sharded",
     "single_component_scores",
     "target_interactions",
     "target_scores",
