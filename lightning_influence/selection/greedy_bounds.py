@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_influence.estimators.factors import Factors
 
 REFERENCES = 64  # vectors W_e that the last exact scores of the rows may refer to
-_SAMPLE = 512  # rows from which the leading directions are taken
+_SAMPLE = 256  # rows from which the leading directions are taken
 _MOST_DIRECTIONS = 64
 _TAIL = 0.01  # share of the squared norm that may be left to Cauchy-Schwarz when enough directions are kept
 _MEMORY = 0.03  # of the features, for the coordinates along the directions
@@ -153,7 +153,7 @@ def _leading_directions(pool: Factors) -> Tensor:
     n, r = pool.features.shape
     sample = torch.arange(0, n, -(-n // _SAMPLE), device=pool.values.device)
     rows = pool.lift(pool.features[sample].double())
-    rows = rows / rows.norm(dim=1).max().clamp(min=torch.finfo(torch.float64).tiny)
+    rows /= rows.norm(dim=1).max().clamp(min=torch.finfo(torch.float64).tiny)
     spectrum, left = torch.linalg.eigh(rows @ rows.T)
     spectrum, left = spectrum.flip(0).clamp(min=0), left.flip(1)
     kept = spectrum.cumsum(0) <= (1 - _TAIL) * spectrum.sum()

@@ -29,12 +29,14 @@ class Candidates:
     keys: Tensor
 
     def best(self, count: int, exchange: Exchange) -> Candidates:
-        """The ``count`` of all ranks with the smallest scores; the same on every rank."""
-        scores = exchange.gather(self.scores)
+        """Those of all ranks, the ``count`` with the smallest scores if there are more; the same on every rank."""
+        features, scores, errors, keys = (
+            exchange.gather(part) for part in (self.features, self.scores, self.errors, self.keys)
+        )
+        if len(scores) <= count:  # one process: the features, a few per cent of the pool's, are not copied
+            return Candidates(features, scores, errors, keys)
         chosen = scores.argsort(stable=True)[:count]
-        parts = (exchange.gather(part)[chosen] for part in (self.features, self.errors, self.keys))
-        features, errors, keys = parts
-        return Candidates(features, scores[chosen], errors, keys)
+        return Candidates(features[chosen], scores[chosen], errors[chosen], keys[chosen])
 
 
 @dataclass(frozen=True)
