@@ -17,6 +17,7 @@ from lightning_influence.capture.data_fingerprint import data_fingerprint
 from lightning_influence.curvature import EKFAC, Curvature
 from lightning_influence.curvature.iterative import IterativeCurvature
 from lightning_influence.store import Store
+from lightning_influence.store.files import StoredDtype
 
 
 class CurvatureRecorder(Recorder):
@@ -31,6 +32,7 @@ class CurvatureRecorder(Recorder):
         curvature: A curvature with its settings, which itself stays unfitted; None for ``EKFAC()``.
         when: As in `Recorder`.
         train: DataLoader or dataset; None takes the Trainer's training data, or the pool of its `DataSelector`.
+        dtype: ``"bfloat16"`` stores factors in half the room, as in `Store.write_curvature`.
         **options: Those of `Recorder`: dirpath, components, loss, batch_size, keep, name.
 
     Raises:
@@ -45,6 +47,7 @@ class CurvatureRecorder(Recorder):
         when: When = "fit_end",
         *,
         train: Any = None,
+        dtype: StoredDtype | None = None,
         **options: Any,
     ) -> None:
         super().__init__(when, **options)
@@ -58,7 +61,9 @@ class CurvatureRecorder(Recorder):
                 f"InfluenceFunction(model, {kind}(...)).fit(train)."
             )
         self.curvature = EKFAC() if curvature is None else curvature
-        self.train = train
+        if dtype not in (None, "bfloat16"):
+            raise ValueError(f"`{self._call(dtype=dtype)}`: expected 'bfloat16', or None to keep all digits.")
+        self.train, self.dtype = train, dtype
         self._usable: list[int] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -117,7 +122,7 @@ class CurvatureRecorder(Recorder):
             train=data_fingerprint(train.dataset),
         )
         assert self._usable is not None
-        store.write_curvature("curvature", curvature, num_examples=len(self._usable))
+        store.write_curvature("curvature", curvature, dtype=self.dtype, num_examples=len(self._usable))
 
 
 def _twin(curvature: Curvature) -> Curvature:

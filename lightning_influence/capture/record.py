@@ -52,9 +52,11 @@ class LayerRecord(ABC):
         return SumRecord(self.ids, (self, other))
 
     def chunks(self) -> Sequence[LayerRecord]:
-        """The record in pieces whose materialised gradients stay small."""
-        step = max(1, CHUNK // max(1, self.example_numel))
-        return [self.narrow(k, min(k + step, len(self))) for k in range(0, len(self), step)]
+        """The record in pieces of about equal size whose materialised gradients stay small, about `CHUNK` each."""
+        n = len(self)
+        # Rounded, so that a batch which is a little too large does not leave a piece of one example over.
+        step = -(-n // max(1, round(n * self.example_numel / CHUNK)))
+        return [self.narrow(k, min(k + step, n)) for k in range(0, n, max(1, step))]
 
     @full_precision()
     def contract(self, gradients: Tensor) -> Tensor:

@@ -164,3 +164,12 @@ def test_curvatures_that_leave_no_factors_are_refused(curvature: Curvature) -> N
     kind = type(curvature).__name__
     with pytest.raises(ValueError, match=rf"curvature={kind}\(.*use InfluenceFunction\(model, {kind}\(\.\.\.\)\)"):
         CurvatureRecorder(curvature)
+
+
+def test_factors_can_be_stored_in_half_the_room(tmp_path):
+    recorder = CurvatureRecorder(EKFAC(damping=0.1), components=LINEAR, dtype="bfloat16")
+    run(tmp_path, [recorder])
+    entry = Store.open(recorder.records[-1].path).manifest["curvature"]["curvature"]
+    assert entry["dtype"] == {"float32": "bfloat16"}
+    with pytest.raises(ValueError, match=r"CurvatureRecorder\(dtype='half'\)`: expected 'bfloat16', or None"):
+        CurvatureRecorder(dtype="half")

@@ -171,4 +171,17 @@ def test_large_gradients_are_formed_a_few_at_a_time(monkeypatch: pytest.MonkeyPa
     sizes = formed(record, monkeypatch)
     with chunks_of(2 * 36):
         record.squared_norms()
-    assert sizes == [2, 2, 1]
+    assert sizes == [3, 2]
+
+
+@pytest.mark.parametrize("n", [1, 5, 16, 33])
+@pytest.mark.parametrize("numel", [1, 7, 64, 500])
+def test_pieces_are_about_equal_and_about_as_large_as_allowed(
+    n: int, numel: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHUNK", 64)
+    whole = DenseRecord(torch.arange(n), torch.zeros(n, numel))
+    pieces = whole.chunks()
+    assert torch.equal(torch.cat([piece.ids for piece in pieces]), whole.ids)
+    assert max(map(len, pieces)) * numel <= max(1.5 * 64 + numel, numel)
+    assert len(pieces) == 1 or min(map(len, pieces[:-1])) == max(map(len, pieces))
