@@ -58,9 +58,9 @@ class GroupInfluence:
     of the gradients, and pools of any size fit.
 
     Removal by N takes H_S away from H, so the two should be of one kind: `CG` with ``"gauss-newton"`` (all exact, for
-    small models), or `Exact` with ``"sampled"``, whose H is the sum of the very same outer products. EK-FAC and LoGra are
-    no sums over examples: large groups of alike rows can be refused, with the damping that they need. Labels drawn once
-    make H noisy where there are few hundred examples, for every method.
+    small models), or `Exact` with ``"sampled"``, whose H is the sum of the very same outer products. EK-FAC and LoGra
+    are no sums over examples: large groups of alike rows can be refused, and the damping that they need is told. Where
+    there are few hundred examples, labels drawn once make H noisy, for every method.
 
     Args:
         model: The model at the parameters of interest. Left as it was.
