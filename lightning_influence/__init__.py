@@ -79,13 +79,16 @@ from lightning_influence.estimators import (
 )
 from lightning_influence.evaluation import (
     AgreementReport,
+    Comparison,
     FactTracingReport,
     GroupChanges,
     Retraining,
     RetrievalReport,
     RetrievalSetting,
+    SelectionCurves,
     agreement_gain,
     candidate_recall,
+    compare,
     evaluate_fact_tracing,
     evaluate_retrieval,
     group_agreement,
@@ -93,6 +96,7 @@ from lightning_influence.evaluation import (
     linear_datamodeling_score,
     neighbour_groups,
     random_subsets,
+    selection_curves,
 )
 from lightning_influence.filters import BM25Filter, Filter, KNNFilter, TfidfFilter
 from lightning_influence.metrics import (
@@ -260,6 +264,10 @@ __all__ = [  # noqa: RUF022  in the order in which data flows
     "AgreementReport",
     "random_subsets",
     "linear_datamodeling_score",
+    "compare",
+    "Comparison",
+    "selection_curves",
+    "SelectionCurves",
     "component_importance",
     "ComponentImportance",
     "Recorder",

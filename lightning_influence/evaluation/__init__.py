@@ -8,6 +8,7 @@ from lightning_influence.evaluation.agreement import (
     agreement_gain,
     group_agreement,
 )
+from lightning_influence.evaluation.comparison import Comparison, compare
 from lightning_influence.evaluation.fact_tracing import FactTracingLine, FactTracingReport, evaluate_fact_tracing
 from lightning_influence.evaluation.groups import neighbour_groups, random_subsets
 from lightning_influence.evaluation.kinds import component_kinds, kind_of
@@ -16,10 +17,12 @@ from lightning_influence.evaluation.leave_group_out import GroupChanges, leave_g
 from lightning_influence.evaluation.retraining import Retraining
 from lightning_influence.evaluation.retrieval import RetrievalSetting, candidate_recall, evaluate_retrieval
 from lightning_influence.evaluation.retrieval_report import RetrievalLine, RetrievalReport
+from lightning_influence.evaluation.selection_curves import SelectionCurves, selection_curves
 
 __all__ = [
     "AgreementLine",
     "AgreementReport",
+    "Comparison",
     "FactTracingLine",
     "FactTracingReport",
     "GroupChanges",
@@ -27,8 +30,10 @@ __all__ = [
     "RetrievalLine",
     "RetrievalReport",
     "RetrievalSetting",
+    "SelectionCurves",
     "agreement_gain",
     "candidate_recall",
+    "compare",
     "component_kinds",
     "evaluate_fact_tracing",
     "evaluate_retrieval",
@@ -38,4 +43,5 @@ __all__ = [
     "linear_datamodeling_score",
     "neighbour_groups",
     "random_subsets",
+    "selection_curves",
 ]

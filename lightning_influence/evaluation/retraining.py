@@ -96,8 +96,7 @@ class Retraining:
         for key, job in zip(keys, jobs, strict=True):
             if key not in results.losses:
                 missing.setdefault(key, job)
-        bar = tqdm(total=len(missing), desc="retraining", disable=not self.progress or not missing)
-        with bar:
+        with tqdm(total=len(missing), desc="retraining", delay=3, leave=False, disable=not self.progress) as bar:
             for key, losses in self._trained(missing):
                 results.add(key, missing[key], losses)
                 bar.update()
