@@ -267,3 +267,25 @@ def first_above(probabilities: Tensor, draw: float) -> int:
         if draw < total:
             return category
     return len(probabilities) - 1
+
+
+def open_rows(picks: list[int], complete: list[set[int]]) -> list[int]:
+    """Rows that can be picked next so that one of the complete selections is still within reach."""
+    within = [whole - set(picks) for whole in complete if whole >= set(picks)]
+    return sorted(set().union(*within))
+
+
+def greedy_within(
+    score: Callable[[list[int], int], float],
+    ids: Sequence[int | str],
+    complete: list[set[int]],
+    first: list[int],
+    rounding: float = 0,
+) -> list[int]:
+    """Greedy on the smallest score(picks, row), ties by id, among what leaves a complete selection within reach."""
+    picks = list(first)
+    while left := open_rows(picks, complete):
+        outcome = {row: score(picks, row) for row in left}
+        best = min(outcome.values()) + rounding
+        picks.append(min((row for row in left if outcome[row] <= best), key=lambda row: ids[row]))
+    return picks

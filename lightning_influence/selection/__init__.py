@@ -8,7 +8,7 @@ from lightning_influence.selection.aggregate import (
 )
 from lightning_influence.selection.balanced_random import BalancedRandom
 from lightning_influence.selection.base import SelectionRule
-from lightning_influence.selection.budget import check_budget, resolve_budget
+from lightning_influence.selection.budget import TokenBudget, check_budget, resolve_budget
 from lightning_influence.selection.certificate import certify
 from lightning_influence.selection.component_cross_validation import (
     ComponentCrossValidation,
@@ -23,6 +23,7 @@ from lightning_influence.selection.component_greedy import (
 )
 from lightning_influence.selection.component_pairs import ComponentPairs
 from lightning_influence.selection.component_path import ComponentPath, ComponentSelection
+from lightning_influence.selection.constraints import Constraints
 from lightning_influence.selection.facility_location import FacilityLocation
 from lightning_influence.selection.interaction_greedy import InteractionGreedy
 from lightning_influence.selection.newton_greedy import NewtonGreedy
@@ -42,6 +43,7 @@ __all__ = [
     "ComponentPath",
     "ComponentSelection",
     "ComponentSplit",
+    "Constraints",
     "FacilityLocation",
     "InteractionGreedy",
     "NewtonGreedy",
@@ -52,6 +54,7 @@ __all__ = [
     "RoundRobin",
     "Selection",
     "SelectionRule",
+    "TokenBudget",
     "TopK",
     "aggregate",
     "certify",

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
-from lightning_influence.estimators.factors import Factors, Id
+from lightning_influence.estimators.factors import Factors
+from lightning_influence.selection.admission import Admission
 from lightning_influence.selection.base import SelectionRule
-from lightning_influence.selection.row_data import places
-
-Sources: TypeAlias = Sequence[int | str] | Mapping[Id, int | str] | Callable[[Id], int | str]
+from lightning_influence.selection.constraints import Sources
+from lightning_influence.selection.row_data import of_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,21 +48,22 @@ class BalancedRandom(SelectionRule):
             )
 
     def _pick(self, pool: Factors, budget: int) -> Sequence[int]:
+        admission = Admission.of_rows(pool, budget)
+        self._fill(pool, admission)
+        return admission.picks
+
+    def _fill(self, pool: Factors, admission: Admission) -> None:
         generator = torch.Generator().manual_seed(self.seed)
         draw = torch.randperm(len(pool), generator=generator)
         rows: list[int] = pool.id_ranks.cpu().argsort()[draw].tolist()
         queues: dict[int | str, list[int]] = {}
-        for row, source in zip(rows, self._sources_of([pool.ids[row] for row in rows]), strict=True):
+        sources = of_rows(f"{self!r}.select", [pool.ids[row] for row in rows], self.sources)
+        for row, source in zip(rows, sources, strict=True):
             queues.setdefault(source, []).append(row)
-        turns = sorted(
-            (place, order, row) for order, queue in enumerate(queues.values()) for place, row in enumerate(queue)
-        )
-        return [row for _, _, row in turns[:budget]]
-
-    def _sources_of(self, names: Sequence[Id]) -> list[int | str]:
-        sources: Any = self.sources
-        if callable(sources):
-            return [sources(name) for name in names]
-        listed = sources.tolist() if hasattr(sources, "tolist") else sources
-        places(f"{self!r}.select", names, list(listed) if isinstance(listed, Mapping) else range(len(listed)))
-        return [listed[name] for name in names]
+        admission.take_first()
+        turns = [iter(queue) for queue in queues.values()]
+        while admission.more:
+            for turn in turns:
+                found = next((row for row in turn if admission.is_open(row)), None)
+                if found is not None:
+                    admission.take(found)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
 from lightning_influence.estimators.factors import Factors, Id
-from lightning_influence.selection.budget import resolve_budget
+from lightning_influence.selection.admission import Admission
+from lightning_influence.selection.budget import Budget, TokenBudget, resolve_budget
+from lightning_influence.selection.constraints import Constraints
 from lightning_influence.selection.selection import Selection
 
 
@@ -16,8 +19,14 @@ class SelectionRule(ABC):
     """Chooses rows of a pool. A member says which rows, in which order; the gains are computed here for all.
 
     Laws: the picks are as many as the budget says and unique; inputs stay untouched; ties go to the smaller id, so
-    that a permuted pool gives the same ids; the first picks of a larger budget are those of a smaller one.
+    that a permuted pool gives the same ids; the first picks of a larger budget are those of a smaller one, unless
+    `Constraints` or a budget in tokens look ahead.
+
+    Attributes:
+        weighs_costs: Whether rows are compared by gains, which can be taken per cost.
     """
+
+    weighs_costs: ClassVar[bool] = False
 
     def select(
         self,
@@ -25,8 +34,9 @@ class SelectionRule(ABC):
         features: Tensor | None = None,
         metric: Tensor | None = None,
         *,
-        budget: int | float,
+        budget: Budget,
         ids: Iterable[Id] | None = None,
+        constraints: Constraints | None = None,
     ) -> Selection:
         """Chooses ``budget`` rows and predicts what adding them does to the target loss.
 
@@ -34,17 +44,38 @@ class SelectionRule(ABC):
             values: First-order influence b [n]; b_j > 0: adding row j lowers the target loss.
             features: F [n, r] with interactions K = F M Fᵀ, any float dtype; None: no interactions.
             metric: M [r, r], symmetric, not necessarily definite; the identity when None.
-            budget: Number of rows (int >= 1) or share of the pool (float in (0, 1]).
+            budget: Number of rows (int >= 1), share of the pool (float in (0, 1]), or `TokenBudget`.
             ids: One id per row, all int or all str; row numbers by default.
+            constraints: What the selection must keep to besides.
 
         Raises:
             ValueError: If the pool is empty, the budget does not fit it, shapes do not fit, ids repeat, a number is
-                NaN or infinite (the ids are named), or the metric is not symmetric.
+                NaN or infinite (the ids are named), the metric is not symmetric, no selection can meet the
+                constraints, or there are costs and the rule compares no gains.
         """
         call = f"{self!r}.select"
         pool = Factors.checked(call, values, features, metric, ids)
-        rows = self._pick(pool, resolve_budget(budget, len(pool), call))
+        if constraints is None and not isinstance(budget, TokenBudget):
+            rows = self._pick(pool, resolve_budget(budget, len(pool), call))
+        else:
+            rows = self._pick_within(call, pool, budget, Constraints() if constraints is None else constraints)
         return selection_of(pool, rows, repr(self), self._parts(pool, rows))
+
+    def _pick_within(self, call: str, pool: Factors, budget: Budget, constraints: Constraints) -> Sequence[int]:
+        if constraints.costs is not None and not self.weighs_costs:
+            raise ValueError(f"`{call}(constraints)`: {self!r} compares no gains. Expected constraints without costs.")
+        admission = constraints.admission(call, pool, budget)
+        self._fill(pool, admission)
+        assert not admission.short, "a rule stopped while rows could be picked"
+        return admission.picks
+
+    def _fill(self, pool: Factors, admission: Admission) -> None:
+        """Takes rows of the admission until it has no more.
+
+        As it stands, right for members whose picks are a ranking of the pool. One that looks at the rows chosen so far
+        overrides it: it takes the best of the open rows, again and again. Without constraints it picks as `_pick`.
+        """
+        admission.walk(self._pick(pool, len(pool)))
 
     @abstractmethod
     def _pick(self, pool: Factors, budget: int) -> Sequence[int]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from lightning_influence.estimators.factors import Factors, Id
+from lightning_influence.selection.admission import Admission
 from lightning_influence.selection.base import SelectionRule
 from lightning_influence.selection.row_data import checked_embeddings, unit_rows
 
@@ -48,28 +49,34 @@ class FacilityLocation(SelectionRule):
     def __post_init__(self) -> None:
         object.__setattr__(self, "embeddings", checked_embeddings("FacilityLocation", self.embeddings, self.ids))
 
+    weighs_costs: ClassVar[bool] = True
+
     def _pick(self, pool: Factors, budget: int) -> Sequence[int]:
+        admission = Admission.of_rows(pool, budget)
+        self._fill(pool, admission)
+        return admission.picks
+
+    def _fill(self, pool: Factors, admission: Admission) -> None:
         by_id = pool.id_ranks.cpu().argsort()
         vectors = unit_rows(f"{self!r}.select", pool, self.embeddings, self.ids)
+        shares = torch.ones(len(pool)).double() if admission.shares is None else admission.shares.cpu()[by_id]
         covered = vectors.new_zeros(len(vectors))  # max_{j∈S} s_ij of each row i
-        bounds = _gains(vectors, covered, torch.arange(len(vectors)))
-        rounding = 64 * torch.finfo(torch.float64).eps * len(vectors)
-        left = torch.ones(len(vectors), dtype=torch.bool)
-        picks: list[int] = []
-        for _ in tqdm(range(budget), desc="FacilityLocation", unit="row", delay=10, leave=False):
-            current = torch.zeros_like(left)
-            best = -torch.inf
-            while len(stale := (left & ~current & (bounds >= best - rounding)).nonzero().flatten()):
-                rows = stale[bounds[stale].argsort(descending=True)[:BLOCK]]
-                bounds[rows] = _gains(vectors, covered, rows)
-                current[rows] = True
-                best = max(best, float(bounds[rows].max()))
-            pick = int((current & (bounds >= best - rounding)).nonzero()[0])
-            picks.append(pick)
-            covered = torch.maximum(covered, vectors @ vectors[pick])
-            left[pick] = False
-        found: list[int] = by_id[picks].tolist()
-        return found
+        bounds = _gains(vectors, covered, torch.arange(len(vectors))) / shares
+        rounding = 64 * torch.finfo(torch.float64).eps * len(vectors) / float(shares.min())
+        with tqdm(total=admission.most, desc="FacilityLocation", unit="row", delay=10, leave=False) as bar:
+            while admission.more:
+                left = admission.open.cpu()[by_id]
+                current = torch.zeros_like(left)
+                best = -torch.inf
+                while len(stale := (left & ~current & (bounds >= best - rounding)).nonzero().flatten()):
+                    rows = stale[bounds[stale].argsort(descending=True)[:BLOCK]]
+                    bounds[rows] = _gains(vectors, covered, rows) / shares[rows]
+                    current[rows] = True
+                    best = max(best, float(bounds[rows].max()))
+                pick = int((current & (bounds >= best - rounding)).nonzero()[0])
+                if admission.take(int(by_id[pick])):
+                    covered = torch.maximum(covered, vectors @ vectors[pick])
+                    bar.update()
 
 
 def _gains(vectors: Tensor, covered: Tensor, rows: Tensor) -> Tensor:

@@ -142,9 +142,9 @@ class GreedyBounds:
         """Upper ends [rows] of ‖f_j‖, float64."""
         return self.norms[rows].double() * (1 + 4 * _FLOAT32) + self._floor
 
-    def drop(self, row: int) -> None:
-        """Leaves a row out from now on."""
-        self.low[row] = torch.inf
+    def drop(self, rows: int | Tensor) -> None:
+        """Leaves a row, or rows [n], bool, out from now on."""
+        self.low[rows] = torch.inf
 
 
 def _leading_directions(pool: Factors) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from lightning_influence.estimators.factors import Factors
+from lightning_influence.selection.admission import Admission
 from lightning_influence.selection.greedy_ties import ROUNDING, magnitudes, metric_size, smallest
 
 
@@ -20,15 +21,23 @@ def plain_picks(pool: Factors, budget: int, before: Sequence[int] = ()) -> Itera
         budget: Number of picks; with those before, no more than there are rows.
         before: Rows that were picked already, in order.
     """
+    left = torch.ones_like(pool.values, dtype=torch.bool)
+    left[list(before)] = False
+    return plain_fill(pool, Admission(pool, left, budget), before)
+
+
+def plain_fill(pool: Factors, admission: Admission, before: Sequence[int] = ()) -> Iterator[int]:
+    """Row numbers of the picks within an admission, each taken before it is given out."""
     norms, size = pool.norms(), metric_size(pool)
-    alone = 0.5 * pool.self_interactions() - pool.values  # q_j − b_j; infinite once j is picked
+    alone = 0.5 * pool.self_interactions() - pool.values  # q_j − b_j
     errors = magnitudes(pool.values, norms, size)
     chosen = pool.shift(before)
-    alone[list(before)] = torch.inf
-    for _ in range(budget):
+    while admission.more:
         direction = pool.lift(chosen)
-        scores = alone + pool.products(direction)
-        pick = smallest(scores, ROUNDING * (errors + norms * direction.norm()), pool.id_ranks)
-        yield pick
-        alone[pick] = torch.inf
-        chosen = chosen + pool.shift([pick])
+        scores = -admission.per_cost(-(alone + pool.products(direction)))
+        scores[~admission.open] = torch.inf
+        off = admission.error_per_cost(ROUNDING * (errors + norms * direction.norm()))
+        pick = smallest(scores, off, pool.id_ranks)
+        if admission.take(pick):
+            chosen = chosen + pool.shift([pick])
+            yield pick

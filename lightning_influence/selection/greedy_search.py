@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.estimators.factors import Factors
+from lightning_influence.selection.admission import Admission
 from lightning_influence.selection.greedy_bounds import GreedyBounds
 from lightning_influence.selection.greedy_exchange import Alone, Exchange
 from lightning_influence.selection.greedy_path import Candidates, Path, predict
@@ -74,6 +75,23 @@ class GreedySearch:
             budget -= len(made)
             self._steps = min(_MOST_STEPS, max(2 * len(made), _FIRST_STEPS))
 
+    def fill(self, admission: Admission) -> Iterator[int]:
+        """Takes rows of an admission and gives out their numbers; for a process that holds the whole pool.
+
+        A pick after which other rows may not be picked any more ends its round, for what was proven did not know of
+        it. Such rows are out for good.
+        """
+        admission.take_first()
+        for row in admission.picks:
+            self._take(row, None)
+            yield row
+        self._drop(~admission.open)
+        while admission.more:
+            path = self._predict(min(self._steps, admission.most - len(admission.picks)))
+            made = self._decide(path, self._sweep(path), admission)
+            yield from (pick.position for pick in made)
+            self._steps = min(_MOST_STEPS, max(2 * len(made), _FIRST_STEPS))
+
     def _errors(self, rows: Tensor) -> Tensor:
         """Rounding errors [rows] of q − b."""
         return ROUNDING * magnitudes(self._pool.values[rows], self._bounds.norms[rows].double(), self._size)
@@ -106,17 +124,27 @@ class GreedySearch:
         found[:, 1] += self._exchange.offset
         return self._exchange.gather(found)
 
-    def _decide(self, path: Path, found: Tensor) -> list[Pick]:
-        picks = []
+    def _decide(self, path: Path, found: Tensor, admission: Admission | None = None) -> list[Pick]:
+        picks: list[Pick] = []
         for step in range(len(path)):
             here = found[found[:, 0] == step]
             _, position, key, value, score, _ = here[smallest(here[:, 4], here[:, 5], here[:, 2])].tolist()
-            picks.append(Pick(int(position), value, score))
-            expected = key == float(path.keys[step])
-            self._take(int(position), path.shifts[step] if expected else None)
+            closings = 0 if admission is None else admission.closings
+            if admission is None or admission.take(int(position)):
+                picks.append(Pick(int(position), value, score))
+                expected = key == float(path.keys[step])
+                self._take(int(position), path.shifts[step] if expected else None)
+            if admission is not None and admission.closings > closings:
+                self._drop(~admission.open)
+                break
             if not expected:
                 break
         return picks
+
+    def _drop(self, rows: Tensor) -> None:
+        """Leaves rows [n], bool, out from now on."""
+        self._alone[rows] = torch.inf
+        self._bounds.drop(rows)
 
     def _take(self, position: int, shift: Tensor | None) -> None:
         """Adds a pick to U; its features are asked of the rank that has them where they are not known."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from tqdm.auto import tqdm
 
 from lightning_influence.estimators.factors import Factors
+from lightning_influence.selection.admission import Admission
 from lightning_influence.selection.base import SelectionRule
-from lightning_influence.selection.greedy_plain import plain_picks
+from lightning_influence.selection.greedy_plain import plain_fill
 from lightning_influence.selection.greedy_search import GreedySearch
 
 _DELAY = 5.0  # seconds before a progress bar is shown
@@ -28,7 +29,7 @@ class InteractionGreedy(SelectionRule):
 
     - "pruned" predicts many picks, passes once over the rows that may win or tie at any of them, which lower bounds
       tell, and takes the picks that this proves (`GreedySearch`). Nothing is assumed about M or about the gains.
-    - "plain" evaluates every remaining row for every pick, in O(k·n·r) time.
+    - "plain" evaluates every remaining row for every pick, in O(k·n·r) time. Gains per cost are always taken so.
 
     Scores that decide are accumulated in float64. Two rows whose scores float64 cannot tell apart (their rounding
     errors overlap) are tied, and the smaller id wins. All k rows are picked even when late ones are predicted to raise
@@ -47,6 +48,8 @@ class InteractionGreedy(SelectionRule):
         ValueError: If the method is neither; from `select`, if there are no features.
     """
 
+    weighs_costs: ClassVar[bool] = True
+
     method: Literal["pruned", "plain"] = "pruned"
 
     def __post_init__(self) -> None:
@@ -57,14 +60,18 @@ class InteractionGreedy(SelectionRule):
         return f"InteractionGreedy({'' if self.method == 'pruned' else f'method={self.method!r}'})"
 
     def _pick(self, pool: Factors, budget: int) -> Sequence[int]:
+        admission = Admission.of_rows(pool, budget)
+        self._fill(pool, admission)
+        return admission.picks
+
+    def _fill(self, pool: Factors, admission: Admission) -> None:
         if pool.features is None:
             raise ValueError(
                 f"`{self!r}.select(features=None)`: expected features [n, r] with the interactions K = F M Fᵀ. "
                 "Use `TopK()` to select by the values alone."
             )
-        picks = _pruned(pool, budget) if self.method == "pruned" else plain_picks(pool, budget)
-        return list(tqdm(picks, desc="InteractionGreedy", total=budget, unit="row", delay=_DELAY, leave=False))
-
-
-def _pruned(pool: Factors, budget: int) -> Iterator[int]:
-    return (pick.position for pick in GreedySearch(pool, pool.id_ranks).picks(budget))
+        pruned = self.method == "pruned" and admission.shares is None
+        picks = GreedySearch(pool, pool.id_ranks).fill(admission) if pruned else plain_fill(pool, admission)
+        with tqdm(total=admission.most, desc="InteractionGreedy", unit="row", delay=_DELAY, leave=False) as bar:
+            for _ in picks:
+                bar.update()

@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from lightning_influence.estimators.factors import Factors
+from lightning_influence.selection.admission import Admission
 from lightning_influence.selection.base import SelectionRule
 
 _ROUNDING = 64 * torch.finfo(torch.float64).eps  # what a product of a few thousand terms may be off
+_COLUMNS = 1024  # room for so many picks at first
 _LONG = 2e10  # multiplications, about ten seconds on one core
 
 
@@ -62,22 +65,31 @@ class NewtonGreedy(SelectionRule):
         if not number or not 0 < self.ridge < math.inf:
             raise ValueError(f"`NewtonGreedy(ridge={self.ridge!r})`: expected a finite number > 0, such as 0.3.")
 
+    weighs_costs: ClassVar[bool] = True
+
     def _pick(self, pool: Factors, budget: int) -> Sequence[int]:
+        admission = Admission.of_rows(pool, budget)
+        self._fill(pool, admission)
+        return admission.picks
+
+    def _fill(self, pool: Factors, admission: Admission) -> None:
         if pool.features is None:
             raise ValueError(
                 f"`{self!r}.select(features=None)`: expected features [n, r], the whitened gradients of the pool. "
                 "Use `TopK()` to select by the values alone."
             )
-        state = _Posterior(pool, self._damping(pool), budget)
-        picks: list[int] = []
-        work = 2.0 * budget * pool.features.numel()
-        for _ in tqdm(range(budget), desc="NewtonGreedy", unit="row", disable=work < _LONG, leave=False):
-            pick = state.best()
-            state.add(pick)
-            picks.append(pick)
-        return picks
+        state = _Posterior(pool, self._damping(pool), admission.most)
+        short = 2.0 * admission.most * pool.features.numel() < _LONG
+        with tqdm(total=admission.most, desc="NewtonGreedy", unit="row", disable=short, leave=False) as bar:
+            while admission.more:
+                pick, gain = state.best(admission)
+                if admission.take(pick, gain):
+                    state.add(pick)
+                    bar.update()
 
     def _parts(self, pool: Factors, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        if not rows:
+            return pool.in_order(rows)
         assert pool.features is not None
         index = torch.tensor(rows, device=pool.values.device)
         chosen = Factors(pool.values[index], pool.features[index], pool.metric, tuple(pool.ids[row] for row in rows))
@@ -102,20 +114,21 @@ class _Posterior:
         self.norms = pool.norms()
         self.size, self.slope, self.bend = self.norms.square(), pool.values.clone(), pool.self_interactions()
         self.predicted = torch.zeros_like(self.slope)
-        self.left = torch.ones_like(self.slope, dtype=torch.bool)
         self.moved = pool.shift([])  # w
-        self.columns = pool.values.new_zeros(budget, len(self.moved))  # Pφ_s / sqrt(μ + φ_sᵀPφ_s), P as it was then
+        self.columns = pool.values.new_zeros(min(budget, _COLUMNS), len(self.moved))  # Pφ_s / sqrt(μ + φ_sᵀPφ_s)
         self.chosen = 0
         self.spread = 1.0 if pool.metric is None else float(pool.metric.norm())
 
-    def best(self) -> int:
-        """The row that lowers J most; the smallest id among those that rounding cannot tell apart."""
+    def best(self, admission: Admission) -> tuple[int, float]:
+        """The open row that lowers J most, and by how much; the smallest id among those rounding cannot tell apart."""
         steps = (1 - self.predicted) / (self.damping + self.size)
         scores = -steps * self.slope + 0.5 * steps.square() * self.bend
-        errors = self._errors(steps)
-        scores[~self.left] = torch.inf
-        tied = (scores - errors <= (scores + errors).min()).nonzero().flatten()
-        return int(tied[self.pool.id_ranks[tied].argmin()])
+        errors = admission.error_per_cost(self._errors(steps))
+        weighed = -admission.per_cost(-scores)
+        weighed[~admission.open] = torch.inf
+        tied = (weighed - errors <= (weighed + errors).min()).nonzero().flatten()
+        pick = int(tied[self.pool.id_ranks[tied].argmin()])
+        return pick, float(scores[pick])
 
     def add(self, row: int) -> tuple[Tensor, Tensor]:
         """Adds a row and returns the two parts of what it does to J."""
@@ -131,9 +144,10 @@ class _Posterior:
         self.predicted += step * overlap
         self.size -= share * overlap
         self.moved = self.moved + step * column
-        self.columns[self.chosen] = column / whole.sqrt()
+        if self.chosen == len(self.columns):
+            self.columns = torch.cat([self.columns, torch.zeros_like(self.columns)])
+        self.columns[self.chosen] = column / whole.sqrt()  # with P as it was then
         self.chosen += 1
-        self.left[row] = False
         return -step * slope, 0.5 * step.square() * bend
 
     def _posterior(self, vector: Tensor) -> Tensor:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from lightning_influence.estimators.factors import Factors, Id
+from lightning_influence.selection.admission import Admission
 from lightning_influence.selection.base import SelectionRule
 from lightning_influence.selection.row_data import checked_embeddings, unit_rows
 
@@ -49,30 +50,43 @@ class RedundancyFilter(SelectionRule):
             raise ValueError(f"`RedundancyFilter(threshold={given!r})`: expected a cosine in (-1, 1], such as 0.9.")
         object.__setattr__(self, "embeddings", checked_embeddings("RedundancyFilter", self.embeddings, self.ids))
 
+    weighs_costs: ClassVar[bool] = True
+
     def _pick(self, pool: Factors, budget: int) -> Sequence[int]:
+        admission = Admission.of_rows(pool, budget)
+        self._fill(pool, admission)
+        return admission.picks
+
+    def _fill(self, pool: Factors, admission: Admission) -> None:
         by_id = pool.id_ranks.cpu().argsort()
         vectors = unit_rows(f"{self!r}.select", pool, self.embeddings, self.ids)
-        picks: list[int] = []
-        for rows in pool.values.cpu()[by_id].argsort(descending=True, stable=True).split(BLOCK):  # type: ignore[no-untyped-call]
-            picks += self._kept(vectors, rows, picks)
-            if len(picks) >= budget:
-                found: list[int] = by_id[picks[:budget]].tolist()
-                return found
-        raise ValueError(
-            f"`{self!r}.select(budget={budget})`: only {len(picks)} of {len(pool)} rows have no cosine above "
-            f"{self.threshold} with a better one. Expected a budget of at most {len(picks)}, or a higher threshold."
-        )
+        admission.take_first()
+        picks: list[int] = pool.id_ranks.cpu()[admission.picks].tolist()
+        values = admission.per_cost(pool.values).cpu()[by_id]
+        for places in values.argsort(descending=True, stable=True).split(BLOCK):  # type: ignore[no-untyped-call]
+            if not admission.more:
+                return
+            picks += self._kept(vectors, places, picks, by_id[places].tolist(), admission)
+        if admission.short:
+            raise ValueError(
+                f"`{self!r}.select(budget)`: only {len(picks)} of {len(pool)} rows have no cosine above "
+                f"{self.threshold} with a better one. Expected a budget and minimums for at most {len(picks)} rows, "
+                "or a higher threshold."
+            )
 
-    def _kept(self, vectors: Tensor, rows: Tensor, picks: list[int]) -> list[int]:
-        """Those of the next rows that are like no pick, and like none of them that is kept before."""
-        block = vectors[rows]
+    def _kept(
+        self, vectors: Tensor, places: Tensor, picks: list[int], rows: list[int], admission: Admission
+    ) -> list[int]:
+        """Takes those of the next rows that are like no pick, and like none of them that is taken before."""
+        block = vectors[places]
         near = self._alike(block @ vectors[picks].mT).any(1).tolist() if picks else [False] * len(rows)
         alike = self._alike(block @ block.mT)
         kept: list[int] = []
-        for k in range(len(rows)):
-            if not near[k] and not bool(alike[k, kept].any()):
+        for k, row in enumerate(rows):
+            different = not near[k] and not bool(alike[k, kept].any())
+            if different and admission.is_open(row) and admission.take(row):
                 kept.append(k)
-        return [int(rows[k]) for k in kept]
+        return [int(places[k]) for k in kept]
 
     def _alike(self, cosines: Tensor) -> Tensor:
         return cosines.clamp_max(1) > self.threshold

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_influence.estimators.factors import Factors, Id, check_finite, check_ids
 from lightning_influence.estimators.scores import Scores
+from lightning_influence.selection.admission import Admission
 from lightning_influence.selection.base import SelectionRule
 from lightning_influence.selection.row_data import places
+
+_PIECE = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,16 +63,26 @@ class RoundRobin(SelectionRule):
     def __repr__(self) -> str:
         return f"RoundRobin({len(self._table)} targets)"
 
+    weighs_costs: ClassVar[bool] = True
+
     def _pick(self, pool: Factors, budget: int) -> Sequence[int]:
-        by_id = pool.id_ranks.cpu().argsort()
-        columns = places(f"{self!r}.select", [pool.ids[row] for row in by_id.tolist()], self._names)
-        orders = self._table[:, columns].argsort(dim=1, descending=True, stable=True)
-        queues = [iter(order) for order in orders[:, :budget].tolist()]  # all that one of them can come to
-        taken = [False] * len(pool)
-        picks: list[int] = []
-        for turn in range(budget):
-            row = next(row for row in queues[turn % len(queues)] if not taken[row])
-            taken[row] = True
-            picks.append(row)
-        found: list[int] = by_id[picks].tolist()
-        return found
+        admission = Admission.of_rows(pool, budget)
+        self._fill(pool, admission)
+        return admission.picks
+
+    def _fill(self, pool: Factors, admission: Admission) -> None:
+        by_id = pool.id_ranks.argsort()
+        columns = places(f"{self!r}.select", pool.ids, self._names)
+        table = admission.per_cost(self._table[:, columns].to(by_id.device))
+        orders = by_id[table[:, by_id].argsort(dim=1, descending=True, stable=True)]
+        queues = [_rows(order) for order in orders]
+        admission.take_first()
+        turn = 0
+        while admission.more:
+            turn += admission.take(next(row for row in queues[turn % len(queues)] if admission.is_open(row)))
+
+
+def _rows(order: Tensor) -> Iterator[int]:
+    """Its numbers, as few at a time as are asked for: a list of all would be many times as large."""
+    for part in order.split(_PIECE):  # type: ignore[no-untyped-call]
+        yield from part.tolist()

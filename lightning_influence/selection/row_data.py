@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,19 @@ def places(call: str, pool: Sequence[Id], known: Sequence[Id]) -> list[int]:
             f"{few(missing)}. Rows are matched by id, by position where no ids were given."
         )
     return [where[name] for name in pool]
+
+
+def of_rows(call: str, names: Sequence[Id], given: Any) -> list[Any]:
+    """What is given for each of some rows: in a sequence by position, or a mapping or function by id.
+
+    Raises:
+        ValueError: If there is nothing for an id, which is named.
+    """
+    if callable(given):
+        return [given(name) for name in names]
+    listed = given.tolist() if hasattr(given, "tolist") else given
+    places(call, names, list(listed) if isinstance(listed, Mapping) else range(len(listed)))
+    return [listed[name] for name in names]
 
 
 def unit_rows(call: str, pool: Factors, embeddings: Any, ids: Sequence[Id] | None) -> Tensor:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
 
 from lightning_influence.estimators.factors import Factors
+from lightning_influence.selection.admission import Admission
 from lightning_influence.selection.base import SelectionRule
 
 
@@ -20,8 +24,16 @@ class TopK(SelectionRule):
     (1, 2)
     """
 
+    weighs_costs: ClassVar[bool] = True
+
     def _pick(self, pool: Factors, budget: int) -> Sequence[int]:
-        by_id = pool.id_ranks.argsort()
-        order = pool.values[by_id].argsort(descending=True, stable=True)
-        picks: list[int] = by_id[order[:budget]].tolist()
-        return picks
+        return _ranking(pool, pool.values)[:budget]
+
+    def _fill(self, pool: Factors, admission: Admission) -> None:
+        admission.walk(_ranking(pool, admission.per_cost(pool.values)))
+
+
+def _ranking(pool: Factors, values: Tensor) -> list[int]:
+    by_id = pool.id_ranks.argsort()
+    order: list[int] = by_id[values[by_id].argsort(descending=True, stable=True)].tolist()
+    return order

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from lightning_influence.selection import (
     BalancedRandom,
+    Constraints,
     FacilityLocation,
     InteractionGreedy,
     NewtonGreedy,
@@ -21,8 +22,10 @@ from lightning_influence.selection import (
     RoundRobin,
     Selection,
     SelectionRule,
+    TokenBudget,
     TopK,
 )
+from lightning_influence.selection.budget import Budget
 from tests import oracles
 from tests.selection.cases import Pool, clustered_pool, pools
 
@@ -51,9 +54,9 @@ def of_pool(rule: SelectionRule, pool: Pool) -> SelectionRule:
     return RoundRobin(torch.stack([places * 5 % 7, -places]), names)
 
 
-def choose(rule: SelectionRule, pool: Pool, budget: int | float) -> Selection:
+def choose(rule: SelectionRule, pool: Pool, budget: Budget, **options: Any) -> Selection:
     rule = of_pool(rule, pool)
-    return rule.select(pool.values, pool.features, pool.metric, budget=budget, ids=pool.ids)
+    return rule.select(pool.values, pool.features, pool.metric, budget=budget, ids=pool.ids, **options)
 
 
 def objective(rule: SelectionRule, pool: Pool, rows: list[int]) -> float:
@@ -105,6 +108,39 @@ def test_prefix(rule: SelectionRule, pool: Pool) -> None:
     whole = choose(rule, pool, 1.0)
     for budget in range(1, len(pool.ids) + 1):
         assert choose(rule, pool, budget).ids == whole.ids[:budget]
+
+
+@every_rule
+@given(pool=pools(), data=st.data())
+def test_constraints_that_ask_for_nothing_change_nothing(rule: SelectionRule, pool: Pool, data: st.DataObject) -> None:
+    budget = data.draw(st.integers(1, len(pool.ids)))
+    given_none = choose(rule, pool, budget)
+    assert choose(rule, pool, budget, constraints=Constraints()).to_dict() == given_none.to_dict()
+    tokens = TokenBudget(7 * budget + 6, counts=lambda name: 7)
+    assert choose(rule, pool, tokens).to_dict() == given_none.to_dict()
+
+
+@every_rule
+def test_a_permuted_pool_gives_the_same_ids_within_constraints(rule: SelectionRule) -> None:
+    pool = clustered_pool(90)
+    order = torch.randperm(90, generator=torch.Generator().manual_seed(1)).tolist()
+    limits = Constraints(
+        must_include=pool.ids[3:6],
+        exclude=pool.ids[10:20],
+        sources=lambda name: name % 4,
+        min_per_source={3: 9},
+        max_per_source={0: 5},
+        costs=(lambda name: 1 + name % 3) if rule.weighs_costs else None,
+    )
+    for budget in (30, TokenBudget(150, counts=lambda name: 2 + name % 7)):
+        found = choose(rule, pool, budget, constraints=limits)
+        assert found.ids == choose(rule, pool.permuted(order), budget, constraints=limits).ids
+        assert found.ids[:3] == pool.ids[3:6]
+        assert not set(found.ids) & set(pool.ids[10:20])
+        counts = [sum(name % 4 == source for name in found.ids) for source in range(4)]
+        assert (counts[3] >= 9, counts[0] <= 5) == (True, True)
+        spent = 2 * len(found) + sum(name % 7 for name in found.ids)
+        assert len(found) == 30 if budget == 30 else 141 < spent <= 150
 
 
 @every_rule

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 
 from lightning_influence.estimators import factors
-from lightning_influence.selection import InteractionGreedy, TopK, interaction_greedy
+from lightning_influence.selection import Constraints, InteractionGreedy, TokenBudget, TopK, interaction_greedy
 from tests import oracles
 from tests.selection.cases import Pool, clustered_pool, pools
 
@@ -92,3 +93,36 @@ def test_a_bar_only_when_long(capfd: pytest.CaptureFixture[str], monkeypatch: py
     monkeypatch.setattr(interaction_greedy, "_DELAY", 0)
     greedy(clustered_pool(30), 5)
     assert "InteractionGreedy" in capfd.readouterr().err
+
+
+LIMITS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "minimum and maximum": (120, {"sources": lambda name: name % 4, "min_per_source": 29, "max_per_source": {1: 31}}),
+    "tokens": (TokenBudget(600, counts=lambda name: 3 + name % 13), {}),
+    "tokens and sources": (
+        TokenBudget(600, counts=lambda name: 3 + name % 13),
+        {"sources": lambda name: name % 7, "min_per_source": 9, "max_per_source": 14},
+    ),
+    "included, excluded and equal rows": (
+        90,
+        {"must_include": [5, 3, 250], "exclude": range(10, 60), "duplicates": "first"},
+    ),
+    "a stop and a minimum": (
+        250,
+        {"sources": lambda name: name % 3, "min_per_source": {2: 80}, "stop_if_negative_gain": True},
+    ),
+    "costs": (90, {"costs": lambda name: 1 + name % 3}),
+}
+
+
+@pytest.mark.parametrize("case", LIMITS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_both_methods_make_the_same_picks_within_constraints(case: str, dtype: torch.dtype) -> None:
+    pool = clustered_pool(dtype=dtype)
+    budget, limits = LIMITS[case]
+    options = {"budget": budget, "ids": pool.ids, "constraints": Constraints(**limits)}
+    pruned, plain = (
+        InteractionGreedy(method=method).select(pool.values, pool.features, pool.metric, **options)
+        for method in ("pruned", "plain")
+    )
+    assert pruned.ids == plain.ids
+    assert pruned.ids != InteractionGreedy().select(pool.values, pool.features, pool.metric, budget=len(pruned)).ids
