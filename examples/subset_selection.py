@@ -134,11 +134,14 @@ def train(data: TensorDataset, rows: Sequence[int], steps: int, seed: int) -> nn
     return model
 
 
-def selections(model: nn.Module, parts: Parts, sizes: Sequence[int], seed: int) -> Iterator[tuple[str, Selection]]:
+def selections(
+    model: nn.Module, parts: Parts, sizes: Sequence[int], seed: int, gradients: str
+) -> Iterator[tuple[str, Selection]]:
     """What each method takes, at every size."""
     influence = InfluenceFunction(model, EKFAC(seed=seed), normalise=True, progress=False).fit(parts.pool)
     interactions = Interactions.from_scores(influence.score(parts.targets, parts.pool))
-    newton = NewtonPool.scored(influence, parts.targets, parts.pool)
+    make = NewtonPool.whitened if gradients == "whole" else NewtonPool.scored
+    newton = make(influence, parts.targets, parts.pool)
     for size in sizes:
         yield "random", choose(interactions, Random(seed), size)
         yield "additive", choose(interactions, TopK(), size)
@@ -146,11 +149,13 @@ def selections(model: nn.Module, parts: Parts, sizes: Sequence[int], seed: int) 
         yield "newton", newton.select(size)
 
 
-def trial(parts: Parts, setting: Setting, sizes: Sequence[int], noise: float, seed: int) -> Iterator[Result]:
+def trial(
+    parts: Parts, setting: Setting, sizes: Sequence[int], noise: float, seed: int, gradients: str
+) -> Iterator[Result]:
     """All networks of one split."""
     whole = range(setting.pool)
     warm = train(parts.pool, whole, setting.warm_up, 1000 + seed)
-    for method, selection in selections(warm, parts, sizes, seed):
+    for method, selection in selections(warm, parts, sizes, seed, gradients):
         model = train(parts.pool, selection.positions, setting.steps, seed)
         yield measured(parts, model, method, selection.positions, noise, seed)
     yield measured(parts, train(parts.pool, whole, setting.steps, seed), "whole pool", whole, noise, seed)
@@ -196,6 +201,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=os.environ.get("LI_DATA"), help="folder of mnist, fashion_mnist")
     parser.add_argument("--noise", type=float, nargs="+", default=[0.2, 0.0], help="shares of wrong labels")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--gradients",
+        choices=("scores", "whole"),
+        default="scores",
+        help="what newton knows of the pool; whole is slow",
+    )
     parser.add_argument("--quick", action="store_true", help="one seed, wrong labels alone, the two smaller sizes")
     options = parser.parse_args(arguments)
     if options.seeds < 1 or not all(0 <= noise <= 1 for noise in options.noise):
@@ -216,7 +227,7 @@ def main(arguments: Sequence[str]) -> None:
     for noise in options.noise:
         for seed in range(options.seeds):
             parts = Parts.draw(images, labels, setting, noise, seed)
-            results += trial(parts, setting, sizes, noise, seed)
+            results += trial(parts, setting, sizes, noise, seed, options.gradients)
             print(f"{options.set}, noise {noise:g}, seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)
     lines = table(results)
     print(f"{'noise':>5} {'rows':>5} {'method':<12} {'loss':>6} {'std':>5} {'entropy':>7} {'wrong':>5}  below random")
@@ -224,7 +235,10 @@ def main(arguments: Sequence[str]) -> None:
         spread = f"{line['loss']:>6.3f} {line['std']:>5.3f} {line['entropy']:>7.2f} {line['wrong']:>5.2f}"
         versus = f"{line['below_random']} of {line['seeds']}" if line["method"] in METHODS[1:] else ""
         print(f"{line['noise']:>5} {line['rows']:>5} {line['method']:<12} {spread}  {versus}")
-    print("RESULT", json.dumps({"set": options.set, "seeds": options.seeds, "lines": lines}))
+    print(
+        "RESULT",
+        json.dumps({"set": options.set, "seeds": options.seeds, "gradients": options.gradients, "lines": lines}),
+    )
 
 
 if __name__ == "__main__":

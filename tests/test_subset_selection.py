@@ -26,9 +26,12 @@ def lines(printed: str) -> dict[tuple[int, str], dict[str, Any]]:
     return {(line["rows"], line["method"]): line for line in json.loads(content)["lines"]}
 
 
-def test_every_method_at_every_size(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("gradients", ["scores", "whole"])
+def test_every_method_at_every_size(
+    gradients: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(subset_selection.SETTINGS, "digits", SMALL)
-    subset_selection.main(["--quick"])
+    subset_selection.main(["--quick", "--gradients", gradients])
     found = lines(capsys.readouterr().out)
     expected = {(size, method) for size in (25, 50) for method in subset_selection.METHODS} | {(200, "whole pool")}
     assert set(found) == expected

@@ -73,7 +73,8 @@ class NewtonPool:
         """From influence scores alone, for models and pools of any size; no gradient is kept.
 
         A pool gradient is known by its inner products with those of the targets, so what no target sees of it is
-        taken for 0 in the inner products of the pool itself (`score_features`).
+        taken for 0 in the inner products of the pool itself (`score_features`). That tells rows apart in as many
+        directions as there are targets: for budgets beyond that number `whitened` is the better choice.
 
         Args:
             influence: Fitted.
