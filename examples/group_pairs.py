@@ -1,0 +1,181 @@
+"""Data, models and trainings of `leave_group_out.py`: the pairs of [IA] as far as their data is there."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+PAIRS = ("mnist-logistic", "mnist-mlp", "fashion_mnist-mlp", "concrete-mlp", "parkinsons-mlp")
+FALLBACK = ("digits-logistic", "digits-mlp")
+DECAY, BATCH = 0.01, 64  # as in [IA]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Training examples and held-out ones, whose mean loss is the target; inputs float32 [n, d].
+
+    Attributes:
+        outputs: Number of classes; 1 for regression, whose loss is half the squared error.
+    """
+
+    name: str
+    inputs: Tensor
+    labels: Tensor
+    target_inputs: Tensor
+    target_labels: Tensor
+    outputs: int
+
+    @property
+    def logistic(self) -> bool:
+        return self.name.endswith("logistic")
+
+    def network(self, seed: int) -> nn.Sequential:
+        """New weights; nothing else is drawn."""
+        width = self.inputs.shape[1]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if self.logistic:
+                return nn.Sequential(nn.Linear(width, self.outputs))
+            first, second = (128, 64) if self.outputs > 1 else (64, 32)
+            hidden = (nn.Linear(width, first), nn.ReLU(), nn.Linear(first, second), nn.ReLU())
+            return nn.Sequential(*hidden, nn.Linear(second, self.outputs))
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Mean over examples."""
+        if self.outputs > 1:
+            return F.cross_entropy(outputs, labels)
+        return 0.5 * (outputs - labels).square().mean()
+
+    @torch.no_grad()
+    def target_loss(self, network: nn.Module) -> float:
+        return float(self.loss(network(self.target_inputs.to(next(network.parameters()))), self.target_labels))
+
+
+@dataclass(frozen=True)
+class Training:
+    """``training(ids, seed)``: the target loss after training on these rows alone.
+
+    The objective keeps its weight 1/n when rows are left out, as removal is defined by ([IA] section 3.1): the mean
+    loss of what is left with the weight decay times n / (number of rows left) has the same minimum. Logistic regression
+    is convex and solved by L-BFGS in float64, whatever the seed; networks take plain SGD as in [IA].
+    """
+
+    pair: Pair
+    epochs: int
+    rate: float
+
+    def __call__(self, ids: tuple[int, ...], seed: int) -> float:
+        return self.pair.target_loss(self.exact(ids) if self.pair.logistic else self.sgd(ids, seed)[-1])
+
+    def decay(self, ids: tuple[int, ...]) -> float:
+        return DECAY * len(self.pair.labels) / len(ids)
+
+    def exact(self, ids: tuple[int, ...]) -> nn.Module:
+        """The minimum, to a gradient of 1e-7."""
+        network, rows = self.pair.network(0).double(), list(ids)
+        for parameter in network.parameters():
+            nn.init.zeros_(parameter)
+        inputs, labels = self.pair.inputs[rows].double(), self.pair.labels[rows]
+        optimizer = torch.optim.LBFGS(
+            network.parameters(), max_iter=1000, tolerance_grad=1e-7, tolerance_change=0, line_search_fn="strong_wolfe"
+        )
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            squares = sum(parameter.square().sum() for parameter in network.parameters())
+            loss = self.pair.loss(network(inputs), labels) + 0.5 * self.decay(ids) * squares
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        return network.eval().requires_grad_(True)
+
+    def sgd(self, ids: tuple[int, ...], seed: int, checkpoints: int = 1) -> list[nn.Module]:
+        """Networks at so many evenly spaced ends of epochs, the last one last; the rate is constant."""
+        generator = torch.Generator().manual_seed(seed)
+        network, rows = self.pair.network(seed), torch.tensor(ids)
+        optimizer = torch.optim.SGD(network.parameters(), lr=self.rate, weight_decay=self.decay(ids))
+        inputs, labels = self.pair.inputs[rows], self.pair.labels[rows]
+        kept = {round(self.epochs * (k + 1) / checkpoints) for k in range(checkpoints)}
+        found = []
+        for epoch in range(1, self.epochs + 1):
+            for batch in torch.randperm(len(rows), generator=generator).split(BATCH):
+                optimizer.zero_grad()
+                self.pair.loss(network(inputs[batch]), labels[batch]).backward()
+                optimizer.step()
+            if epoch in kept:
+                found.append(self.pair.network(seed))
+                found[-1].load_state_dict(network.state_dict())
+        return found
+
+
+def found_pairs(data: Path | None) -> list[str]:
+    """Names of the pairs whose data is there; the digits where no folder is given."""
+    if data is None:
+        return list(FALLBACK)
+    return [name for name in PAIRS if _place(data, name).exists()]
+
+
+def load_pair(name: str, data: Path | None, rows: int, targets: int, pixels: int, seed: int) -> Pair:
+    """A random part of the data, as large as asked for; of small sets two thirds at most are trained on.
+
+    Images are in [0, 1], averaged over blocks to ``pixels`` x ``pixels`` where they are larger; columns of tables, and
+    what is predicted, have mean 0 and variance 1 over the training rows. MNIST's own test images are not used.
+    """
+    kind = name.split("-")[0]
+    if kind == "digits":
+        inputs, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
+        inputs = inputs.float() / 16
+    elif kind == "concrete":
+        table = torch.from_numpy(np.loadtxt(_place(data, name))).float()
+        inputs, labels = table[:, :-1], table[:, -1:]
+    elif kind == "parkinsons":
+        inputs, labels = _parkinsons(_place(data, name))
+    else:
+        inputs, labels = _images(_place(data, name), pixels)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    rows = min(rows, 2 * len(labels) // 3)
+    train, held_out = order[:rows], order[rows : rows + targets]
+    if labels.is_floating_point():
+        inputs = (inputs - inputs[train].mean(0)) / inputs[train].std(0).clamp_min(1e-6)
+        labels = (labels - labels[train].mean(0)) / labels[train].std(0)
+    outputs = 1 if labels.is_floating_point() else int(labels.max()) + 1
+    return Pair(name, inputs[train], labels[train], inputs[held_out], labels[held_out], outputs)
+
+
+def _place(data: Path | None, name: str) -> Path:
+    kind = name.split("-")[0]
+    assert data is not None
+    tables = {"concrete": "concrete/data.txt", "parkinsons": "parkinsons_updrs.csv"}
+    if kind in tables:
+        return data / "uci_regression" / tables[kind]
+    return data / kind / "train-images-idx3-ubyte.gz"
+
+
+def _images(path: Path, pixels: int) -> tuple[Tensor, Tensor]:
+    images = _bytes(path, 16).reshape(-1, 1, 28, 28).float() / 255
+    labels = _bytes(path.with_name("train-labels-idx1-ubyte.gz"), 8).long()
+    return F.adaptive_avg_pool2d(images, pixels).flatten(1), labels
+
+
+def _bytes(path: Path, head: int) -> Tensor:
+    with gzip.open(path) as file:
+        return torch.from_numpy(np.frombuffer(file.read(), np.uint8, offset=head).copy())
+
+
+def _parkinsons(path: Path) -> tuple[Tensor, Tensor]:
+    """Everything but the subject's number and the other score, to predict total_UPDRS."""
+    with path.open(newline="") as file:
+        lines: list[dict[str, Any]] = list(csv.DictReader(file))
+    columns = [key for key in lines[0] if key not in ("subject#", "motor_UPDRS", "total_UPDRS")]
+    table = torch.tensor([[float(line[key]) for key in [*columns, "total_UPDRS"]] for line in lines])
+    return table[:, :-1], table[:, -1:]
