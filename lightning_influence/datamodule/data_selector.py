@@ -19,10 +19,10 @@ from lightning_influence.capture.guard import unchanged
 from lightning_influence.capture.losses import Batch, ExampleLoss
 from lightning_influence.curvature import Curvature
 from lightning_influence.datamodule.wrapper import DataModuleWrapper, PlainData, is_datamodule, overrides
-from lightning_influence.selection import Selection, check_budget
-from lightning_influence.selection.budget import resolve_budget
-from lightning_influence.selection.pipeline import Rule, TargetCurvature, Weight, select_training_data
-from lightning_influence.selection.selected_loader import selected_loader, subset
+from lightning_influence.selection import Constraints, Selection, TokenBudget, check_budget
+from lightning_influence.selection.budget import Budget, resolve_budget
+from lightning_influence.selection.pipeline import Leaks, Rule, TargetCurvature, Weight, select_training_data
+from lightning_influence.selection.selected_loader import positions_of, selected_loader, subset
 from lightning_influence.store import Store
 
 
@@ -53,7 +53,9 @@ class DataSelector(DataModuleWrapper):
             map-style dataset (torch or Hugging Face ``datasets``).
         targets: DataLoader or dataset of the examples whose mean loss shall fall; None takes the validation data.
             A dataset is put into batches as the pool is.
-        budget: Rows to select as an int, or a share of the pool in (0, 1]; needed for ``select(model)``.
+        budget: Rows as an int, a share of the pool in (0, 1] or a `TokenBudget`; needed for ``select(model)``.
+        constraints: What the selection must keep to besides.
+        leaks: Of the targets, what is done about pool rows that stand there too: "warn", "refuse" or "exclude".
         rule: None for ``InteractionGreedy()``; ``"newton"`` for `NewtonGreedy` with a ridge that suits the pool.
         curvature: None for ``EKFAC()``.
         components: Which parameters, see `find_components`; None for everything trainable.
@@ -77,8 +79,10 @@ class DataSelector(DataModuleWrapper):
         self,
         data: Any,
         targets: Any = None,
-        budget: int | float | None = None,
+        budget: Budget | None = None,
         *,
+        constraints: Constraints | None = None,
+        leaks: Leaks = "warn",
         rule: Rule | None = None,
         curvature: Curvature | None = None,
         components: str | list[str] | Callable[[str, nn.Module], bool] | None = None,
@@ -98,8 +102,10 @@ class DataSelector(DataModuleWrapper):
             raise ValueError("`DataSelector(val=...)`: the datamodule has its own validation data; leave `val` out.")
         super().__init__(data if is_datamodule(data) else PlainData(data, val, settings))
         self._targets = None if targets is None else _checked_targets(targets)
-        self._budget = None if budget is None else check_budget(budget, "DataSelector")
+        self._budget = _checked_budget("DataSelector", budget)
         self._options: dict[str, Any] = {
+            "constraints": constraints,
+            "leaks": leaks,
             "rule": rule,
             "curvature": curvature,
             "components": components,
@@ -139,7 +145,7 @@ class DataSelector(DataModuleWrapper):
         model: nn.Module,
         ids: None = None,
         *,
-        budget: int | float | None = None,
+        budget: Budget | None = None,
         rule: Rule | None = None,
         loss: ExampleLoss | Callable[[nn.Module, Batch], Tensor] | None = None,
         store: str | os.PathLike[str] | None = None,
@@ -156,7 +162,7 @@ class DataSelector(DataModuleWrapper):
         model: nn.Module | None = None,
         ids: Sequence[int] | None = None,
         *,
-        budget: int | float | None = None,
+        budget: Budget | None = None,
         rule: Rule | None = None,
         loss: ExampleLoss | Callable[[nn.Module, Batch], Tensor] | None = None,
         store: str | os.PathLike[str] | None = None,
@@ -192,7 +198,7 @@ class DataSelector(DataModuleWrapper):
         if ids is not None:
             return self._use([int(k) for k in ids], None, None)
         assert model is not None
-        budget = self._budget if budget is None else check_budget(budget, "DataSelector.select")
+        budget = self._budget if budget is None else _checked_budget("DataSelector.select", budget)
         if budget is None:
             raise ValueError("`DataSelector(budget=None)`: expected an int >= 1 or a fraction in (0, 1] to select.")
         given = {"rule": rule, "loss": loss}
@@ -211,7 +217,7 @@ class DataSelector(DataModuleWrapper):
                 progress=progress,
                 **options,
             )
-        self._use(_as_positions(selection), selection, data_fingerprint(pool.dataset))
+        self._use(positions_of(selection), selection, data_fingerprint(pool.dataset))
         return selection
 
     def use(self, selection: Selection) -> Selection:
@@ -220,7 +226,7 @@ class DataSelector(DataModuleWrapper):
         Raises:
             ValueError: If its ids are names.
         """
-        self._use(_as_positions(selection), selection, None)
+        self._use(positions_of(selection), selection, None)
         return selection
 
     def clear(self) -> None:
@@ -276,7 +282,8 @@ class DataSelector(DataModuleWrapper):
     def _check_size(self, loader: Any) -> None:
         """A budget that the pool does not have is told before the warm-up, not after it."""
         dataset: Any = loader.dataset if isinstance(loader, DataLoader) else None
-        if self._budget is not None and isinstance(dataset, Sized) and not isinstance(dataset, IterableDataset):
+        counted = isinstance(dataset, Sized) and not isinstance(dataset, IterableDataset)
+        if counted and not isinstance(self._budget, TokenBudget | None):
             resolve_budget(self._budget, len(dataset), "DataSelector")
 
     def _target_data(self, pool: DataLoader[Any]) -> Any:
@@ -372,23 +379,16 @@ class DataSelector(DataModuleWrapper):
         return self._use(list(chosen["positions"]), selection, chosen["fingerprint"])
 
 
+def _checked_budget(call: str, budget: Budget | None) -> Budget | None:
+    return budget if isinstance(budget, TokenBudget | None) else check_budget(budget, call)
+
+
 def _checked_targets(targets: Any) -> Any:
-    """As they are, if they have rows with positions."""
     try:
         ExampleLoader(targets)
     except ValueError as error:
         raise ValueError(f"`DataSelector(targets={type(targets).__name__})`: {error}") from error
     return targets
-
-
-def _as_positions(selection: Selection) -> list[int]:
-    """Its ids: the row numbers of a selection do not count rows that were left out before."""
-    if not all(isinstance(name, int) for name in selection.ids):
-        raise ValueError(
-            f"`DataSelector.use(Selection(ids={selection.ids[:3]}...))`: expected ids that are positions in the "
-            "training data. Pass the positions of these rows as `select(ids=...)`."
-        )
-    return [int(name) for name in selection.ids]
 
 
 def _recorded_curvature(store: str | os.PathLike[str], model: nn.Module, select: Any) -> Curvature:

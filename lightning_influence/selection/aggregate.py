@@ -14,6 +14,8 @@ from torch import Tensor
 from lightning_influence.estimators.factors import Id, check_finite
 from lightning_influence.estimators.interactions import Interactions
 from lightning_influence.estimators.scores import Scores
+from lightning_influence.selection.budget import Budget
+from lightning_influence.selection.constraints import Constraints
 from lightning_influence.selection.round_robin import RoundRobin
 from lightning_influence.selection.selection import Selection
 from lightning_influence.selection.top_k import TopK
@@ -137,7 +139,8 @@ def target_interactions(
 def select_by_scores(
     scores: Scores,
     *,
-    budget: int | float,
+    budget: Budget,
+    constraints: Constraints | None = None,
     across: Across = "mean",
     targets: Targets = None,
     weights: Weights = None,
@@ -151,7 +154,8 @@ def select_by_scores(
 
     Args:
         scores: [q, n].
-        budget: Number of rows, or share of the pool.
+        budget: Number of rows, share of the pool, or `TokenBudget`.
+        constraints: What the selection must keep to besides.
         across: As in `aggregate`: the rows with the largest values are taken. Or ``"round-robin"``: the targets take
             turns (`RoundRobin`).
         targets: As in `target_scores`.
@@ -164,14 +168,14 @@ def select_by_scores(
     _check_choice("select_by_scores", "across", across, get_args(Across))
     if across != "round-robin":
         values = aggregate(scores, across, targets=targets, weights=weights, within=within)
-        return TopK().select(values, budget=budget, ids=scores.train_ids)
+        return TopK().select(values, budget=budget, ids=scores.train_ids, constraints=constraints)
     if weights is not None:
         raise ValueError(
             "`select_by_scores(across='round-robin', weights=...)`: every target takes its turn. Expected weights with "
             "'mean', 'max' or 'min'; leave a target out that shall be avoided."
         )
     found = target_scores(scores, targets, within)
-    return RoundRobin(found).select(found.values.mean(0), budget=budget, ids=scores.train_ids)
+    return RoundRobin(found).select(found.values.mean(0), budget=budget, ids=scores.train_ids, constraints=constraints)
 
 
 def _reduced(rows: Tensor, how: Reduce) -> Tensor:

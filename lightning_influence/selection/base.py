@@ -61,10 +61,14 @@ class SelectionRule(ABC):
             rows = self._pick_within(call, pool, budget, Constraints() if constraints is None else constraints)
         return selection_of(pool, rows, repr(self), self._parts(pool, rows))
 
-    def _pick_within(self, call: str, pool: Factors, budget: Budget, constraints: Constraints) -> Sequence[int]:
+    def admission(self, call: str, pool: Factors, budget: Budget, constraints: Constraints) -> Admission:
+        """What this rule may pick of a pool; refuses what no selection can meet (`Constraints.admission`)."""
         if constraints.costs is not None and not self.weighs_costs:
             raise ValueError(f"`{call}(constraints)`: {self!r} compares no gains. Expected constraints without costs.")
-        admission = constraints.admission(call, pool, budget)
+        return constraints.admission(call, pool, budget)
+
+    def _pick_within(self, call: str, pool: Factors, budget: Budget, constraints: Constraints) -> Sequence[int]:
+        admission = self.admission(call, pool, budget, constraints)
         self._fill(pool, admission)
         assert not admission.short, "a rule stopped while rows could be picked"
         return admission.picks

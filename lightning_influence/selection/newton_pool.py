@@ -145,8 +145,11 @@ class NewtonPool:
 
     def select(self, budget: int | float, rule: NewtonGreedy | None = None) -> Selection:
         """Rows chosen by the rule; None for the ridge that `ridge` finds."""
-        rule = NewtonGreedy(self.ridge(budget).best) if rule is None else rule
-        return self.interactions.select(rule, budget)
+        return self.interactions.select(self.rule(budget) if rule is None else rule, budget)
+
+    def rule(self, budget: int | float) -> NewtonGreedy:
+        """The rule with the ridge that `ridge` finds."""
+        return NewtonGreedy(self.ridge(budget).best)
 
 
 def _newton_steps(rows: Tensor, dampings: Sequence[float]) -> Iterator[Tensor]:

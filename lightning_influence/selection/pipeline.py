@@ -13,19 +13,23 @@ from torch import Tensor, nn
 from lightning_influence.capture import Component, ExampleLoader, ExampleLoss
 from lightning_influence.capture.component import Select
 from lightning_influence.curvature import EKFAC, Curvature
+from lightning_influence.curvature.base import loss_for
 from lightning_influence.estimators.influence_function import InfluenceFunction
 from lightning_influence.estimators.interactions import Interactions
 from lightning_influence.selection.base import SelectionRule
-from lightning_influence.selection.budget import resolve_budget
+from lightning_influence.selection.budget import Budget, TokenBudget, resolve_budget
+from lightning_influence.selection.constraints import Constraints
 from lightning_influence.selection.interaction_greedy import InteractionGreedy
 from lightning_influence.selection.newton_greedy import NewtonGreedy
 from lightning_influence.selection.newton_pool import NewtonPool
 from lightning_influence.selection.pool_audit import PoolAudit, audit_pool
 from lightning_influence.selection.saturation import saturating_weight
 from lightning_influence.selection.selection import Selection
+from lightning_influence.selection.terms import Terms, settle_terms
 
 Weight: TypeAlias = Literal["saturate", "1/n", "1/k"] | float
 TargetCurvature: TypeAlias = Literal["empirical", "sampled"]
+Leaks: TypeAlias = Literal["warn", "refuse", "exclude"]
 Rule: TypeAlias = SelectionRule | Literal["newton"]
 
 CALL = "select_training_data"
@@ -36,7 +40,9 @@ def select_training_data(
     pool: Any,
     targets: Any,
     *,
-    budget: int | float,
+    budget: Budget,
+    constraints: Constraints | None = None,
+    leaks: Leaks = "warn",
     rule: Rule | None = None,
     curvature: Curvature | None = None,
     loss: ExampleLoss | Callable[[nn.Module, Any], Tensor] | None = None,
@@ -58,7 +64,9 @@ def select_training_data(
         model: The warm-up model. Left as it was.
         pool: Map-style dataset or DataLoader of the rows to choose from; ids are positions in it.
         targets: Map-style dataset or DataLoader of the examples whose mean loss shall fall.
-        budget: Rows as an int, or a share of the pool in (0, 1].
+        budget: Rows as an int, a share of the pool in (0, 1], or `TokenBudget`, for which tokens are counted here.
+        constraints: What the selection must keep to besides; rows are equal if their data are.
+        leaks: Whether pool rows that also stand in the target set are told in a warning, refused, or left out.
         rule: None for ``InteractionGreedy()``; ``"newton"`` for `NewtonGreedy` with the ridge that random selections
             of the budget's size ask for (`NewtonPool.ridge`). `NewtonGreedy` works on the scores of the pool for the
             targets here (`NewtonPool.scored`).
@@ -80,9 +88,9 @@ def select_training_data(
         when ``normalise``); ``positions`` are those in the whole pool, like the ids.
 
     Raises:
-        ValueError: If an argument does not fit, or a target has nothing supervised or a loss that is not finite, or a
-            pool row holds a number that makes its loss so, before any pass over the pool; if the loss of another
-            pool row is not finite.
+        ValueError: If an argument does not fit, no selection can meet the constraints, rows leak that must not, a
+            target has nothing supervised or a loss that is not finite, or a pool row holds a number that makes its
+            loss so, before any pass of the model over the pool; if the loss of another pool row is not finite.
         UnsupportedLayerError: If the model has no component.
 
     Warns:
@@ -90,39 +98,52 @@ def select_training_data(
             stand in the target set; if no row is predicted to lower the target loss.
     """
     rule = InteractionGreedy() if rule is None else rule
-    _check_options(rule, curvature, weight, target_curvature)
+    _check_options(rule, curvature, weight, target_curvature, leaks)
     rows, goals = ExampleLoader(pool, batch_size), ExampleLoader(targets, batch_size)
-    resolve_budget(budget, rows.num_examples, CALL)
+    if not isinstance(budget, TokenBudget):
+        resolve_budget(budget, rows.num_examples, CALL)
     curvature = EKFAC(seed=seed) if curvature is None else curvature
     influence = InfluenceFunction(model, curvature, loss, components, normalise=normalise, progress=progress)
     influence.check(goals)
     if "sampled" in (target_curvature, None if curvature.fitted else curvature.fisher):
         influence.check(ExampleLoader(goals, indices=goals.ids[:1]), labels="sampled")
     audit = audit_pool(model, rows, goals, loss, progress)
-    rows = _usable(rows, audit)
+    rows = _usable(rows, audit, leaks, repeats=constraints is None or constraints.duplicates == "allow")
+    chooser = NewtonGreedy() if isinstance(rule, str) else rule
+    terms = settle_terms(CALL, budget, constraints, chooser, rows, loss_for(model, rows, loss), audit)
     suspects = sorted(set(audit.suspects) & set(rows.ids))
     if suspects:
         influence.check(ExampleLoader(rows, indices=suspects))
-    k = resolve_budget(budget, rows.num_examples, CALL)
     influence.fit(rows)
     if rule == "newton" or isinstance(rule, NewtonGreedy):
         problem = NewtonPool.scored(influence, goals, rows, target_curvature=target_curvature, seed=seed)
-        selection = problem.select(k, rule if isinstance(rule, NewtonGreedy) else None)
+        selection = _select(problem.interactions, problem.rule(terms.rows) if rule == "newton" else chooser, terms)
         return replace(selection, positions=tuple(int(name) for name in selection.ids))
     scores = influence.score(goals, rows)
     fisher = influence.score(goals, rows, labels="sampled", seed=seed) if target_curvature == "sampled" else None
-    selection = choose(Interactions.from_scores(scores, 1 / k, fisher), rule, k, weight)
+    interactions = Interactions.from_scores(scores, 1 / terms.rows, fisher)
+    number = resolve_weight(interactions, chooser, terms.rows, weight)
+    selection = replace(_select(interactions.reweighted(number), chooser, terms), weight=number)
     return replace(selection, positions=tuple(int(name) for name in selection.ids))
 
 
 def choose(interactions: Interactions, rule: SelectionRule, budget: int, weight: Weight = "saturate") -> Selection:
     """The rule's selection, with the weight of a row resolved as `select_training_data` says."""
+    number = resolve_weight(interactions, rule, budget, weight)
+    return replace(interactions.reweighted(number).select(rule, budget), weight=number)
+
+
+def resolve_weight(interactions: Interactions, rule: SelectionRule, budget: int, weight: Weight) -> float:
+    """The number that a weight stands for, with a budget of so many rows."""
     sizes = {"1/n": 1 / len(interactions), "1/k": 1 / budget}
     if weight == "saturate":
-        number = _saturating(interactions, rule, budget) if isinstance(rule, InteractionGreedy) else sizes["1/k"]
-    else:
-        number = sizes[weight] if isinstance(weight, str) else float(weight)
-    return replace(interactions.reweighted(number).select(rule, budget), weight=number)
+        return _saturating(interactions, rule, budget) if isinstance(rule, InteractionGreedy) else sizes["1/k"]
+    return sizes[weight] if isinstance(weight, str) else float(weight)
+
+
+def _select(interactions: Interactions, rule: SelectionRule, terms: Terms) -> Selection:
+    parts = (interactions.values, interactions.features, interactions.metric)
+    return rule.select(*parts, budget=terms.budget, ids=interactions.ids, constraints=terms.constraints)
 
 
 def _saturating(interactions: Interactions, rule: SelectionRule, budget: int) -> float:
@@ -136,18 +157,29 @@ def _saturating(interactions: Interactions, rule: SelectionRule, budget: int) ->
     return 1 / budget
 
 
-def _usable(rows: ExampleLoader, audit: PoolAudit) -> ExampleLoader:
+def _usable(rows: ExampleLoader, audit: PoolAudit, leaks: Leaks, repeats: bool) -> ExampleLoader:
     """The pool without rows that have no target, after saying what else stands out."""
-    left_out = set(audit.unsupervised)
+    if leaks == "refuse" and audit.leaked:
+        raise ValueError(
+            f"`{CALL}(leaks='refuse')`: {len(audit.leaked)} of {audit.size} pool rows also stand in the target set "
+            f"(ids {list(audit.leaked[:8])}). Take them out of one of the two, or pass leaks='exclude'."
+        )
+    left_out = {*audit.unsupervised, *(audit.leaked if leaks == "exclude" else ())}
     left = [k for k in rows.ids if k not in left_out]
     if not left:
-        raise ValueError(f"{CALL}: no row of the pool has a supervised target; check the label mask.")
-    for remark in audit.remarks:
+        raise ValueError(
+            f"{CALL}: no row of the pool has a supervised target; check the label mask."
+            if len(audit.unsupervised) == len(rows.ids)
+            else f"{CALL}: every row of the pool has no supervised target or also stands in the target set."
+        )
+    told = replace(audit, leaked=audit.leaked if leaks == "warn" else ())
+    told = replace(told, duplicates=audit.duplicates if repeats else ())
+    for remark in told.remarks:
         warnings.warn(f"{CALL}: {remark}", stacklevel=3)
     return ExampleLoader(rows, indices=left)
 
 
-def _check_options(rule: object, curvature: object, weight: object, target_curvature: str) -> None:
+def _check_options(rule: object, curvature: object, weight: object, target_curvature: str, leaks: str) -> None:
     if not isinstance(rule, SelectionRule) and rule != "newton":
         raise ValueError(
             f"`{CALL}(rule={rule!r})`: expected a SelectionRule, such as InteractionGreedy() or TopK(), or 'newton'."
@@ -164,3 +196,5 @@ def _check_options(rule: object, curvature: object, weight: object, target_curva
         raise ValueError(f"`{CALL}(weight={weight!r})`: expected 'saturate', '1/n', '1/k' or a number > 0.")
     if target_curvature not in get_args(TargetCurvature):
         raise ValueError(f"`{CALL}(target_curvature={target_curvature!r})`: expected 'empirical' or 'sampled'.")
+    if leaks not in get_args(Leaks):
+        raise ValueError(f"`{CALL}(leaks={leaks!r})`: expected 'warn', 'refuse' or 'exclude'.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ class PoolAudit:
         duplicates: Rows that repeat an earlier one.
         leaked: Rows that are also in the target set.
         suspects: Rows with a number that is not finite, whose loss may be none.
+        originals: The earlier row that each of the duplicates repeats.
     """
 
     size: int
@@ -35,6 +36,7 @@ class PoolAudit:
     duplicates: tuple[int, ...]
     leaked: tuple[int, ...]
     suspects: tuple[int, ...] = ()
+    originals: tuple[int, ...] = field(default=(), compare=False)
 
     @property
     def remarks(self) -> list[str]:
@@ -57,11 +59,12 @@ def audit_pool(
     """Read pool and targets once, without running the model."""
     found = loss_for(model, pool, loss)
     goals = {_digest(targets.dataset[k]) for k in targets.ids} - {None}
-    seen: set[str] = set()
+    seen: dict[str, int] = {}
     unsupervised: list[int] = []
     duplicates: list[int] = []
     leaked: list[int] = []
     suspects: list[int] = []
+    originals: list[int] = []
     for ids, batch in tqdm(pool, desc="checking the pool", delay=3, leave=False, disable=not progress):
         unsupervised += ids[found.supervised(batch).cpu() == 0].tolist()
         for k in ids.tolist():
@@ -73,10 +76,11 @@ def audit_pool(
                 continue
             if digest in seen:
                 duplicates.append(k)
+                originals.append(seen[digest])
             if digest in goals:
                 leaked.append(k)
-            seen.add(digest)
-    found_rows = (unsupervised, duplicates, leaked, suspects)
+            seen.setdefault(digest, k)
+    found_rows = (unsupervised, duplicates, leaked, suspects, originals)
     return PoolAudit(pool.num_examples, *map(tuple, found_rows))
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, Subset
 
+from lightning_influence.selection.selection import Selection
+
 _KEPT = (
     "batch_size",
     "num_workers",
@@ -22,6 +24,20 @@ _KEPT = (
     "pin_memory_device",
     "in_order",
 )
+
+
+def positions_of(selection: Selection) -> list[int]:
+    """Its ids: the row numbers of a selection do not count rows that were left out before.
+
+    Raises:
+        ValueError: If its ids are names.
+    """
+    if not all(isinstance(name, int) for name in selection.ids):
+        raise ValueError(
+            f"`DataSelector.use(Selection(ids={selection.ids[:3]}...))`: expected ids that are positions in the "
+            "training data. Pass the positions of these rows as `select(ids=...)`."
+        )
+    return [int(name) for name in selection.ids]
 
 
 def subset(dataset: Any, positions: Sequence[int]) -> Any:

@@ -53,6 +53,14 @@ data:
     curvature:
       class_path: lightning_influence.curvature.EKFAC
     weight: 1/k
+    budget:
+      class_path: lightning_influence.TokenBudget
+      init_args: {{tokens: 9}}
+    constraints:
+      sources: [a, b, a]
+      max_per_source: {{a: 1}}
+      must_include: [2]
+    leaks: refuse
     selection: [1, 2]
 """
 
@@ -75,6 +83,9 @@ def test_callbacks_and_datamodule_from_a_file(tmp_path, monkeypatch):
     assert len(cli.model.seen) == 2
     assert isinstance(selector._options["rule"], TopK)
     assert isinstance(selector._options["curvature"], EKFAC)
+    limits = selector._options["constraints"]
+    assert (limits.max_per_source, limits.must_include) == ({"a": 1}, (2,))
+    assert selector._budget.tokens == 9
     [curvature] = find_records(next(tmp_path.rglob("curvature")))
     assert Store.open(curvature.path).read_curvature("curvature").settings()["damping"] == 0.1
     [dots] = find_records(next(tmp_path.rglob("gradient_dot")))

@@ -18,7 +18,7 @@ from lightning_influence.curvature import EKFAC, Identity
 from lightning_influence.datamodule import DataSelector
 from lightning_influence.errors import StoreError
 from lightning_influence.estimators.influence_function import InfluenceFunction
-from lightning_influence.selection import InteractionGreedy, Random, Selection, TopK
+from lightning_influence.selection import Constraints, InteractionGreedy, Random, Selection, TokenBudget, TopK
 from lightning_influence.selection.pipeline import select_training_data
 from lightning_influence.store import Store
 from tests.datamodule.toys import Data, Net, fit, numbered, numbers, trainer
@@ -364,3 +364,13 @@ def test_state_of_a_plain_datamodule_is_not_found(tmp_path):
     selector = DataSelector(Data())
     fit(selector, ckpt_path=str(tmp_path / "end.ckpt"), max_epochs=2)
     assert selector._inner.count == 0
+
+
+def test_constraints_and_a_budget_in_tokens():
+    """Every row has one target, so that tokens are rows."""
+    data, targets = Data(), numbered(6, seed=3)
+    limits = Constraints(must_include=[3], exclude=[0, 1])
+    selection = select(DataSelector(data, targets, TokenBudget(4), constraints=limits, leaks="refuse"))
+    assert (selection.ids[0], len(selection), {0, 1} & set(selection.ids)) == (3, 4, set())
+    with pytest.raises(ValueError, match="pool rows also stand in the target set"):
+        select(DataSelector(data, data.train, 4, leaks="refuse"))

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from lightning_influence.estimators.interactions import Interactions
 from lightning_influence.estimators.scores import Scores
 from lightning_influence.selection import (
+    Constraints,
     InteractionGreedy,
     RoundRobin,
+    TokenBudget,
     TopK,
     aggregate,
     select_by_scores,
@@ -158,3 +160,11 @@ def test_bad_input(case: str) -> None:
     call, message = BAD[case]
     with pytest.raises(ValueError, match=re.escape(message)):
         call()
+
+
+def test_constraints_reach_the_rule() -> None:
+    scores = Scores(torch.tensor([[3.0, 2.0, 0.0], [0.0, 0.5, 1.0]]), (0, 1), ("a", "b", "c"), "dot", "sum")
+    limits = Constraints(exclude=["a"])
+    assert select_by_scores(scores, budget=2, constraints=limits).ids == ("b", "c")
+    assert select_by_scores(scores, budget=2, across="round-robin", constraints=limits).ids == ("b", "c")
+    assert select_by_scores(scores, budget=TokenBudget(3, counts={"a": 9, "b": 2, "c": 2})).ids == ("b",)
