@@ -249,7 +249,7 @@ def lines(name: str, changes: GroupChanges, found: dict[str, Tensor]) -> list[di
     report, size = changes.agreement(found), len(changes.groups[0])
     error = changes.standard_error.mean().item()
     print(
-        f"  groups of {size}: mean change {changes.mean.mean():.4f}, spread {changes.mean.std():.4f}, standard error "
+        f"  groups of {size}, {len(set(map(frozenset, changes.groups)))} distinct: mean change {changes.mean.mean():.4f}, spread {changes.mean.std():.4f}, standard error "
         f"{error:.4f}, reliability {changes.reliability:.2f}",
         flush=True,
     )

@@ -21,6 +21,8 @@ def neighbour_groups(
 ) -> list[tuple[Id, ...]]:
     """Groups of alike examples: an anchor and its nearest neighbours in the space of the model's outputs ([IA]).
 
+    Large groups around different anchors can be the same set, such as all of one class: fewer cases than ``count``.
+
     Args:
         outputs: Softmax outputs [n, classes], not logits; for regression the predictions, [n] or [n, o].
         size: Examples of a group, the anchor included; it comes first, then the nearest.
