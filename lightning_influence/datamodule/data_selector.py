@@ -1,8 +1,8 @@
-"""A datamodule that serves a pool of training data whole at first, and the chosen part of it afterwards."""
+"""A datamodule that serves a pool of training data, or a random part of it, and then the chosen part."""
 
 from __future__ import annotations
 
-import json
+import copy
 import os
 from collections.abc import Callable, Sequence, Sized
 from pathlib import Path
@@ -14,15 +14,18 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_influence.capture.component import find_components
 from lightning_influence.capture.data_fingerprint import data_fingerprint
-from lightning_influence.capture.examples import ExampleLoader
 from lightning_influence.capture.guard import unchanged
 from lightning_influence.capture.losses import Batch, ExampleLoss
 from lightning_influence.curvature import Curvature
+from lightning_influence.datamodule.chosen import Chosen, plain_positions
+from lightning_influence.datamodule.reselection import Reselection
+from lightning_influence.datamodule.target_data import checked_targets, target_data
+from lightning_influence.datamodule.warm_up import WarmUp
 from lightning_influence.datamodule.wrapper import DataModuleWrapper, PlainData, is_datamodule, overrides
-from lightning_influence.selection import Constraints, Selection, TokenBudget, check_budget
+from lightning_influence.selection import Constraints, Random, Selection, TokenBudget, check_budget
 from lightning_influence.selection.budget import Budget, resolve_budget
 from lightning_influence.selection.pipeline import Leaks, Rule, TargetCurvature, Weight, select_training_data
-from lightning_influence.selection.selected_loader import positions_of, selected_loader, subset
+from lightning_influence.selection.selected_loader import selected_loader, subset
 from lightning_influence.store import Store
 
 
@@ -41,8 +44,9 @@ class DataSelector(DataModuleWrapper):
     The second fit needs a new Trainer, as a Trainer counts epochs across fits, and, unless the warm-up weights are
     to be kept, a new model. An epoch of a selection has fewer steps, which schedules counted in epochs will feel:
     compare selections with ``max_steps``. A selection made during a fit counts from the next epoch on, and only
-    with ``reload_dataloaders_every_n_epochs=1``. Under several ranks ``select`` is computed on each of them, and what
-    rank 0 chose is served.
+    with ``reload_dataloaders_every_n_epochs=1``; ``reselect_every_n_epochs=n`` makes one every n epochs from the model
+    that is being trained, which notices nothing but its new rows. Under several ranks ``select`` is computed on each of
+    them, and what rank 0 chose is served.
 
     Ids are positions in the training dataset. So its order must not change from one ``setup`` to the next: an
     unseeded ``random_split`` there is noticed and refused. State of the wrapped datamodule in a checkpoint that was
@@ -64,6 +68,12 @@ class DataSelector(DataModuleWrapper):
         target_curvature: Labels of the Fisher of the targets: their own, or sampled from the model.
         normalise: Whether gradients are scaled to unit length first.
         selection: Positions, or the path of a file written by `save`, which is read when a fit begins.
+        warmup: What a fit sees before there is a selection: a random part of the pool, as a number of rows or a share
+            (LESS takes 0.05), see ``warmup_ids``; None for the whole pool. Recorders and ``select`` look at the whole
+            pool all the same.
+        reselect_every_n_epochs: Choose again at the start of the epochs n, 2n, ... of a fit; None for never. Needs
+            ``budget`` and ``Trainer(reload_dataloaders_every_n_epochs=1)``.
+        seed: Of the random part, and of labels sampled when choosing during a fit.
         val: DataLoader or dataset for validation, when ``data`` is not a datamodule.
         batch_size: Of the pool and the validation data, where they are plain datasets.
         collate_fn: The same.
@@ -91,6 +101,9 @@ class DataSelector(DataModuleWrapper):
         target_curvature: TargetCurvature = "empirical",
         normalise: bool = True,
         selection: list[int] | str | None = None,
+        warmup: int | float | None = None,
+        reselect_every_n_epochs: int | None = None,
+        seed: int = 0,
         val: Any = None,
         batch_size: int = 32,
         collate_fn: Callable[..., Any] | None = None,
@@ -101,7 +114,7 @@ class DataSelector(DataModuleWrapper):
         if val is not None and is_datamodule(data):
             raise ValueError("`DataSelector(val=...)`: the datamodule has its own validation data; leave `val` out.")
         super().__init__(data if is_datamodule(data) else PlainData(data, val, settings))
-        self._targets = None if targets is None else _checked_targets(targets)
+        self._targets = None if targets is None else checked_targets(targets)
         self._budget = _checked_budget("DataSelector", budget)
         self._options: dict[str, Any] = {
             "constraints": constraints,
@@ -116,9 +129,11 @@ class DataSelector(DataModuleWrapper):
         }
         self._loader_fn = loader_fn
         self._file: str | None = None
-        self._positions: list[int] | None = None
-        self._selection: Selection | None = None
-        self._fingerprint: str | None = None
+        self._chosen: Chosen | None = None
+        self._seed = Random(seed).seed
+        self._warmup = None if warmup is None else WarmUp(warmup, seed)
+        every = reselect_every_n_epochs
+        self._reselection = None if every is None else Reselection(every, self._budget, curvature)
         self._is_set_up = self._inner is not data
         if self._is_set_up:
             self._check_size(self._inner.train_dataloader())
@@ -132,12 +147,17 @@ class DataSelector(DataModuleWrapper):
     @property
     def selection(self) -> Selection | None:
         """The selection with its gains; None before there is one, or when only positions were given."""
-        return self._selection
+        return None if self._chosen is None else self._chosen.selection
 
     @property
     def selected_ids(self) -> list[int] | None:
         """Positions that are served, in the order of the pool; None while the whole pool is."""
-        return None if self._positions is None else sorted(self._positions)
+        return None if self._chosen is None else self._chosen.ids
+
+    @property
+    def warmup_ids(self) -> list[int] | None:
+        """Positions of the random part that is served before there is a selection; None until a fit has seen it."""
+        return None if self._warmup is None or self._warmup.rows is None else self._warmup.rows.ids
 
     @overload
     def select(
@@ -196,13 +216,16 @@ class DataSelector(DataModuleWrapper):
         if (model is None) == (ids is None):
             raise ValueError("`DataSelector.select()`: expected a model, or `ids=`, and not both.")
         if ids is not None:
-            return self._use([int(k) for k in ids], None, None)
+            self._serve(Chosen(plain_positions(ids)))
+            return None
         assert model is not None
         budget = self._budget if budget is None else _checked_budget("DataSelector.select", budget)
         if budget is None:
             raise ValueError("`DataSelector(budget=None)`: expected an int >= 1 or a fraction in (0, 1] to select.")
         given = {"rule": rule, "loss": loss}
         options = self._options | {name: value for name, value in given.items() if value is not None}
+        if options["curvature"] is not None and not options["curvature"].fitted:
+            options["curvature"] = copy.deepcopy(options["curvature"])  # fitted to this model, and not to the next one
         if store is not None:
             options["curvature"] = _recorded_curvature(store, model, options["components"])
         pool = self.pool_dataloader()
@@ -210,14 +233,14 @@ class DataSelector(DataModuleWrapper):
             selection = select_training_data(
                 model,
                 pool,
-                self._target_data(pool),
+                target_data(self._targets, pool, self._inner),
                 budget=budget,
                 batch_size=batch_size,
                 seed=seed,
                 progress=progress,
                 **options,
             )
-        self._use(positions_of(selection), selection, data_fingerprint(pool.dataset))
+        self._serve(Chosen.of(selection, data_fingerprint(pool.dataset)))
         return selection
 
     def use(self, selection: Selection) -> Selection:
@@ -226,12 +249,12 @@ class DataSelector(DataModuleWrapper):
         Raises:
             ValueError: If its ids are names.
         """
-        self._use(positions_of(selection), selection, None)
+        self._serve(Chosen.of(selection))
         return selection
 
     def clear(self) -> None:
-        """Serve the whole pool again."""
-        self._positions, self._selection, self._fingerprint, self._file = None, None, None, None
+        """Serve again what was served before there was a selection: the whole pool, or the warm-up's part of it."""
+        self._chosen, self._file = None, None
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the selection as JSON, for ``DataSelector(selection=path)`` in another process.
@@ -239,23 +262,16 @@ class DataSelector(DataModuleWrapper):
         Raises:
             ValueError: If nothing has been selected.
         """
-        if self._positions is None:
+        if self._chosen is None:
             raise ValueError("`DataSelector.save()`: nothing has been selected; call select first.")
-        if self._fingerprint is None:
-            self._fingerprint = data_fingerprint(self.pool_dataloader().dataset)
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(self._chosen(), indent=2) + "\n")
-        os.replace(temporary, path)
-        return path
+        if self._chosen.fingerprint is None:
+            self._chosen = self._chosen.found_in(self.pool_dataloader().dataset)
+        return self._chosen.write(path)
 
     def load(self, path: str | os.PathLike[str]) -> Selection | None:
         """Serve a selection written by `save`; that the pool is the same is checked when it is served."""
-        try:
-            return self._restore(json.loads(Path(path).read_text()))
-        except (LookupError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"`DataSelector.load({str(path)!r})`: expected a file written by `save`.") from error
+        self._serve(Chosen.read(path))
+        return self.selection
 
     def pool_dataloader(self) -> DataLoader[Any]:
         """The loader of the whole pool, as the user made it; sets the data up if no fit has done so yet.
@@ -280,58 +296,56 @@ class DataSelector(DataModuleWrapper):
         return loader
 
     def _check_size(self, loader: Any) -> None:
-        """A budget that the pool does not have is told before the warm-up, not after it."""
+        """Parts that the pool does not have are told before the warm-up, not after it."""
         dataset: Any = loader.dataset if isinstance(loader, DataLoader) else None
-        counted = isinstance(dataset, Sized) and not isinstance(dataset, IterableDataset)
-        if counted and not isinstance(self._budget, TokenBudget | None):
+        if not isinstance(dataset, Sized) or isinstance(dataset, IterableDataset):
+            return
+        if not isinstance(self._budget, TokenBudget | None):
             resolve_budget(self._budget, len(dataset), "DataSelector")
+        if self._warmup is not None:
+            self._warmup.check(len(dataset))
 
-    def _target_data(self, pool: DataLoader[Any]) -> Any:
-        if isinstance(self._targets, DataLoader):
-            return self._targets
-        if self._targets is not None:
-            like = ExampleLoader(pool)
-            return ExampleLoader(self._targets, like.batch_size, like.collate_fn)
-        loader = self._inner.val_dataloader() if overrides(self._inner, "val_dataloader") else None
-        if isinstance(loader, list | tuple) and len(loader) == 1:
-            loader = loader[0]
-        if not isinstance(loader, DataLoader):
-            raise ValueError(
-                "`DataSelector(targets=None)`: the data has no single validation loader to take the targets from. "
-                "Expected a DataLoader or dataset of the examples whose loss shall fall."
-            )
-        return loader
-
-    def _use(self, positions: list[int], selection: Selection | None, fingerprint: str | None) -> Selection | None:
-        if not positions or len(set(positions)) != len(positions) or min(positions) < 0:
-            raise ValueError(
-                f"`DataSelector.select(ids={positions[:8]}...)`: expected at least one position, none twice, all >= 0."
-            )
-        self._positions, self._selection, self._fingerprint, self._file = positions, selection, fingerprint, None
-        return selection
+    def _serve(self, chosen: Chosen) -> None:
+        self._chosen, self._file = chosen, None
 
     # -- serving
 
     def train_dataloader(self) -> Any:
-        """The pool's loader as it is, or one like it over the selected rows."""
-        if self._positions is None:
+        """The pool's loader as it is, or one like it over the rows that the fit shall see now."""
+        if self._reselection is not None and self._reselection.is_due(self._trainer):
+            self.select(self._trainer.lightning_module, seed=self._seed, progress=False)
+            self._reselection.epoch = self._trainer.current_epoch
+        if self._chosen is None and self._warmup is None:
             whole = self._inner.train_dataloader()
             self._check_size(whole)
             return whole
         loader = self.pool_dataloader()
-        self._check_pool(loader)
-        positions = sorted(self._positions)
+        positions = self._served(loader).ids
         if self._trainer is not None and self._trainer.world_size > 1:
             positions = self._trainer.strategy.broadcast(positions)  # ranks may have computed ties differently
         if self._loader_fn is not None:
             return self._loader_fn(subset(loader.dataset, positions))
         return selected_loader(loader, positions)
 
+    def _served(self, loader: DataLoader[Any]) -> Chosen:
+        """The selection, or before there is one the warm-up's part."""
+        if self._chosen is not None:
+            self._chosen = self._chosen.found_in(loader.dataset)
+            return self._chosen
+        assert self._warmup is not None
+        self._check_size(loader)
+        return self._warmup.of(loader.dataset)
+
     def setup(self, stage: str) -> None:
         """Set the data up, and read the selection file before a fit."""
         super().setup(stage)
         self._is_set_up = True
-        if stage == "fit" and self._file is not None:
+        if stage != "fit":
+            return
+        if self._reselection is not None:
+            self._reselection.begin(self._trainer)
+            target_data(self._targets, self.pool_dataloader(), self._inner)
+        if self._file is not None:
             self.load(self._file)
 
     def teardown(self, stage: str) -> None:
@@ -340,55 +354,38 @@ class DataSelector(DataModuleWrapper):
         self._is_set_up = not overrides(self._inner, "teardown")
 
     def state_dict(self) -> dict[str, Any]:
-        """Selection and the wrapped datamodule's state, the former as plain JSON."""
-        chosen = None if self._positions is None else self._chosen()
-        return {"version": 1, "selection": chosen, **super().state_dict()}
+        """Selection, warm-up part and the wrapped datamodule's state, the former two as plain JSON."""
+        rows = {"selection": self._chosen, "warmup": None if self._warmup is None else self._warmup.rows}
+        reselected = None if self._reselection is None else self._reselection.epoch
+        plain = {name: None if chosen is None else chosen.to_dict() for name, chosen in rows.items()}
+        return {"version": 1, **plain, "reselected": reselected, **super().state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore both; a selection that was made since wins over the one in the checkpoint."""
+        """Restore them; a selection that was made since wins over the one in the checkpoint.
+
+        Not so if that was made in the fit which is being resumed.
+        """
         super().load_state_dict(state_dict)
-        chosen = state_dict["selection"]
-        if chosen is None:
+        warm_up = state_dict.get("warmup")
+        if warm_up is not None and self._warmup is not None:
+            self._warmup.rows = Chosen.from_dict(warm_up)
+        if state_dict["selection"] is None:
             return
-        if self._positions is None:
-            self._restore(chosen)
-        elif sorted(chosen["positions"]) != sorted(self._positions):
+        chosen, reselected = Chosen.from_dict(state_dict["selection"]), state_dict.get("reselected")
+        if self._reselection is not None and reselected is not None:
+            self._reselection.epoch = reselected
+            self._serve(chosen)
+        elif self._chosen is None:
+            self._serve(chosen)
+        elif chosen.ids != self._chosen.ids:
             rank_zero_warn(
                 "DataSelector: the checkpoint was trained on another selection than the one made since; the new one "
                 "is served. Call `clear()` before the fit to take the one in the checkpoint."
             )
 
-    def _check_pool(self, loader: DataLoader[Any]) -> None:
-        assert self._positions is not None
-        size = len(loader.dataset)  # type: ignore[arg-type]
-        fingerprint = data_fingerprint(loader.dataset)
-        if max(self._positions) >= size or self._fingerprint not in (None, fingerprint):
-            raise ValueError(
-                f"DataSelector: the training data ({size} examples, {fingerprint}) is not the pool the selection was "
-                f"made in ({self._fingerprint}, with position {max(self._positions)}). Expected the same dataset in "
-                "the same order: seed `random_split` in setup(), or select again."
-            )
-        self._fingerprint = fingerprint
-
-    def _chosen(self) -> dict[str, Any]:
-        selection = None if self._selection is None else self._selection.to_dict()
-        return {"version": 1, "positions": self._positions, "fingerprint": self._fingerprint, "selection": selection}
-
-    def _restore(self, chosen: dict[str, Any]) -> Selection | None:
-        selection = None if chosen["selection"] is None else Selection.from_dict(chosen["selection"])
-        return self._use(list(chosen["positions"]), selection, chosen["fingerprint"])
-
 
 def _checked_budget(call: str, budget: Budget | None) -> Budget | None:
     return budget if isinstance(budget, TokenBudget | None) else check_budget(budget, call)
-
-
-def _checked_targets(targets: Any) -> Any:
-    try:
-        ExampleLoader(targets)
-    except ValueError as error:
-        raise ValueError(f"`DataSelector(targets={type(targets).__name__})`: {error}") from error
-    return targets
 
 
 def _recorded_curvature(store: str | os.PathLike[str], model: nn.Module, select: Any) -> Curvature:

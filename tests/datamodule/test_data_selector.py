@@ -295,6 +295,16 @@ def test_recorded_factors_are_used(tmp_path, monkeypatch):
         select(selector, Net(), store=tmp_path / "factors")
 
 
+def test_a_curvature_is_fitted_anew_for_every_model():
+    data, own, later = Data(), EKFAC(damping=0.5), fit(Data())
+    selector = DataSelector(data, budget=4, curvature=own)
+    select(selector)
+    found = select(selector, later)
+    expected = select(DataSelector(data, budget=4, curvature=EKFAC(damping=0.5)), later)
+    assert (found.ids, own.fitted) == (expected.ids, False)
+    assert torch.equal(found.gains, expected.gains)
+
+
 def test_a_selection_made_elsewhere():
     data = Data()
     named = Random().select(torch.zeros(3), budget=2, ids=["a", "b", "c"])

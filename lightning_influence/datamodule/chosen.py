@@ -1,0 +1,110 @@
+"""Rows of a pool by their positions, tied to that pool and no other."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lightning_influence.capture.data_fingerprint import data_fingerprint
+from lightning_influence.selection import Selection
+from lightning_influence.selection.selected_loader import positions_of
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """Positions in a dataset, with how they were chosen where that is known.
+
+    Attributes:
+        positions: At least one, none twice, in pick order.
+        selection: With its gains; None where only positions were given.
+        fingerprint: Of the dataset they were chosen in (`data_fingerprint`); None until it has been seen.
+
+    Raises:
+        ValueError: If the positions are none.
+    """
+
+    positions: tuple[int, ...]
+    selection: Selection | None = None
+    fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        shown = list(self.positions)
+        if not shown or len(set(shown)) != len(shown) or min(shown) < 0:
+            raise ValueError(
+                f"`DataSelector.select(ids={shown[:8]}...)`: expected at least one position, none twice, all >= 0."
+            )
+
+    @classmethod
+    def of(cls, selection: Selection, fingerprint: str | None = None) -> Chosen:
+        """The rows that a selection names by their positions.
+
+        Raises:
+            ValueError: If its ids are names.
+        """
+        return cls(tuple(positions_of(selection)), selection, fingerprint)
+
+    @property
+    def ids(self) -> list[int]:
+        """The positions in the order of the pool."""
+        return sorted(self.positions)
+
+    def found_in(self, dataset: Any) -> Chosen:
+        """The same, tied to a dataset.
+
+        Raises:
+            ValueError: If it is not the dataset they were chosen in.
+        """
+        size, fingerprint = len(dataset), data_fingerprint(dataset)
+        if max(self.positions) >= size or self.fingerprint not in (None, fingerprint):
+            raise ValueError(
+                f"DataSelector: the training data ({size} examples, {fingerprint}) is not the pool the selection was "
+                f"made in ({self.fingerprint}, with position {max(self.positions)}). Expected the same dataset in "
+                "the same order: seed `random_split` in setup(), or select again."
+            )
+        return replace(self, fingerprint=fingerprint)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON."""
+        selection = None if self.selection is None else self.selection.to_dict()
+        return {
+            "version": 1,
+            "positions": list(self.positions),
+            "fingerprint": self.fingerprint,
+            "selection": selection,
+        }
+
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> Chosen:
+        """What `to_dict` gave."""
+        selection = None if found["selection"] is None else Selection.from_dict(found["selection"])
+        return cls(tuple(found["positions"]), selection, found["fingerprint"])
+
+    def write(self, path: str | os.PathLike[str]) -> Path:
+        """Write a JSON file, whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        os.replace(temporary, path)
+        return path
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Chosen:
+        """Read it.
+
+        Raises:
+            ValueError: If it is no such file.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text()))
+        except (LookupError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"`DataSelector.load({str(path)!r})`: expected a file written by `save`.") from error
+
+
+def plain_positions(ids: Sequence[int]) -> tuple[int, ...]:
+    """Positions without numpy's clothes."""
+    return tuple(int(k) for k in ids)
