@@ -247,9 +247,9 @@ def settings(name: str, args: argparse.Namespace) -> dict[str, Any]:
 def lines(name: str, changes: GroupChanges, found: dict[str, Tensor]) -> list[dict[str, Any]]:
     """Printed, and as dicts."""
     report, size = changes.agreement(found), len(changes.groups[0])
-    error = changes.standard_error.mean().item()
+    error, distinct = changes.standard_error.mean().item(), len(set(map(frozenset, changes.groups)))
     print(
-        f"  groups of {size}, {len(set(map(frozenset, changes.groups)))} distinct: mean change {changes.mean.mean():.4f}, spread {changes.mean.std():.4f}, standard error "
+        f"  groups of {size}, {distinct} distinct: mean change {changes.mean.mean():.4f}, spread {changes.mean.std():.4f}, standard error "
         f"{error:.4f}, reliability {changes.reliability:.2f}",
         flush=True,
     )
