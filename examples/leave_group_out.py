@@ -249,8 +249,8 @@ def lines(name: str, changes: GroupChanges, found: dict[str, Tensor]) -> list[di
     report, size = changes.agreement(found), len(changes.groups[0])
     error, distinct = changes.standard_error.mean().item(), len(set(map(frozenset, changes.groups)))
     print(
-        f"  groups of {size}, {distinct} distinct: mean change {changes.mean.mean():.4f}, spread {changes.mean.std():.4f}, standard error "
-        f"{error:.4f}, reliability {changes.reliability:.2f}",
+        f"  groups of {size}, {distinct} distinct: mean change {changes.mean.mean():.4f}, spread "
+        f"{changes.mean.std():.4f}, standard error {error:.4f}, reliability {changes.reliability:.2f}",
         flush=True,
     )
     results = []
