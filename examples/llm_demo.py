@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,9 @@ from lightning_influence import (
 from lightning_influence.callbacks import Record
 from lightning_influence.selection.pipeline import choose
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]}
 BATCH = 4  # more rows at a time are hardly faster, and their logits are large: 49,152 per token
 
@@ -57,9 +60,8 @@ BATCH = 4  # more rows at a time are hardly faster, and their logits are large: 
 class LoraChat(LightningModule):
     """The original model with fresh LoRA weights; AdamW with a learning rate that falls to zero."""
 
-    def __init__(self, cache: Path, learning_rate: float, steps: int) -> None:
+    def __init__(self, base: PreTrainedModel, learning_rate: float, steps: int) -> None:
         super().__init__()
-        base, _ = load_smollm2(cache)
         self.model = get_peft_model(base.train(), LoraConfig(**LORA, task_type="CAUSAL_LM"))
         self.learning_rate = learning_rate
         self.steps = steps
@@ -122,7 +124,7 @@ def fine_tune(run: Run, data: DataSelector, steps: int, callbacks: Sequence[Call
     """The original model, trained on what the selector serves now; every call starts from the same LoRA weights."""
     gc.collect()  # a Trainer and its model refer to each other, and a model takes half a gigabyte
     seed_everything(run.seed, verbose=False)
-    model = LoraChat(run.cache, run.learning_rate, steps)
+    model = LoraChat(load_smollm2(run.cache)[0], run.learning_rate, steps)
     trainer = Trainer(
         max_steps=steps,
         accelerator="cpu",
@@ -175,7 +177,7 @@ def demo(run: Run, data: Instructions) -> Iterator[Arm]:
     selector = DataSelector(data.loader(data.pool, shuffle=True))
     generator = torch.Generator().manual_seed(run.seed)
     drawn = torch.randperm(len(data.pool), generator=generator)[: run.warm_up_rows]
-    yield Arm("untouched model", target_loss(LoraChat(run.cache, run.learning_rate, 1).eval(), data))
+    yield Arm("untouched model", target_loss(LoraChat(load_smollm2(run.cache)[0], run.learning_rate, 1).eval(), data))
     selector.select(ids=drawn.tolist())
     dots = recorder(data, run)
     warm = fine_tune(run, selector, run.warm_up_steps, [dots])
