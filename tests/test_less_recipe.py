@@ -21,9 +21,10 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 import less_recipe
 from instruction_pool import InstructionRow
 from less_recipe_data import drawn, folder_texts, recipe_data
-from less_recipe_methods import FOR_ANY, METHODS, Pool, rows_of
+from less_recipe_methods import METHODS, Pool, rows_of
 from less_recipe_report import Outcome, lines, mean_ranks, result, table
 from pair_sets import texts
+from safetensors.torch import load_file
 from study_model import tiny_tokenizer
 
 from lightning_influence import LESSRecorder
@@ -33,7 +34,7 @@ def ran(out: Path, *arguments: str) -> tuple[dict[str, Any], str]:
     """What stands behind RESULT, and all that was printed."""
     printed, complaints = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complaints):
-        less_recipe.main(["--quick", "--out", str(out), *arguments])
+        less_recipe.main(["--quick", "--targets", "travel", "--out", str(out), *arguments])
     assert complaints.getvalue() == ""
     head, last = printed.getvalue().strip().splitlines()[-1].split(" ", 1)
     assert head == "RESULT"
@@ -47,24 +48,22 @@ def whole(tmp_path_factory):
     return out, found, printed
 
 
-def test_every_method_on_every_target(whole):
+def test_every_method_has_a_loss_and_a_rank(whole):
     out, found, printed = whole
-    assert set(found["targets"]) == set(found["untouched"]) == {"cooking", "travel"}
-    budget = found["settings"]["budget"]
-    for target, by_method in found["targets"].items():
-        assert set(by_method) == set(METHODS)
-        ranks = [line["rank"] for line in by_method.values()]
-        assert sum(ranks) == len(METHODS) * (len(METHODS) + 1) / 2
-        for line in by_method.values():
-            assert 0 < line["target_loss"] < found["untouched"][target]
-            assert (line["interval"], line["seeds"]) == (None, [0])
-    for name, rank in found["mean_rank"].items():
-        assert rank == pytest.approx(sum(found["targets"][t][name]["rank"] for t in found["targets"]) / 2)
-        assert f"  {name:<20} {rank:>5.2f}" in printed
+    assert set(found["targets"]) == set(found["untouched"]) == {"travel"}
+    by_method = found["targets"]["travel"]
+    assert set(by_method) == set(METHODS)
+    ranks = {name: line["rank"] for name, line in by_method.items()}
+    assert found["mean_rank"] == ranks
+    assert sum(ranks.values()) == len(METHODS) * (len(METHODS) + 1) / 2
+    for name, line in by_method.items():
+        assert 0 < line["target_loss"] < found["untouched"]["travel"]
+        assert (line["interval"], line["seeds"]) == (None, [0])
+        assert f"  {name:<20} {line['rank']:>4g}  {line['target_loss']:>6.3f}" in printed
     files = list((out / "seed=0" / "fine-tunes").iterdir())
-    assert len(files) == len(FOR_ANY) + 2 * (len(METHODS) - len(FOR_ANY))
+    assert len(files) == len(METHODS)
     for file in files:
-        assert len(set(json.loads(file.read_text())["rows"])) == budget
+        assert len(set(json.loads(file.read_text())["rows"])) == found["settings"]["budget"]
     assert not list((out / "seed=0").rglob("*.ckpt"))
     assert not list((out / "seed=0").rglob("*.tmp"))
 
@@ -76,7 +75,7 @@ def test_who_knows_the_target_finds_its_topic(whole):
         name, target = file.stem.rsplit("-", 1)
         rows = json.loads(file.read_text())["rows"]
         of_target = sum(row.startswith(f"{target}-") for row in rows)
-        if target != "any" and name != "newton":
+        if target != "any" and name not in ("newton", "TRAK"):  # one is held by the pool, the other knows 48 numbers
             assert of_target >= 3, file
     for by_method in found["targets"].values():
         losses = {name: line["target_loss"] for name, line in by_method.items()}
@@ -102,7 +101,7 @@ def test_a_run_goes_on_where_it_was(whole):
 def test_pieces_of_one_run_share_their_settings(whole, capsys):
     out, _, _ = whole
     with pytest.raises(SystemExit, match=r"it holds a run with other settings, \{'targets'"):
-        less_recipe.main(["--quick", "--out", str(out), "--targets", "travel"])
+        less_recipe.main(["--quick", "--out", str(out), "--targets", "cooking"])
 
 
 # -- the warm-up, killed
@@ -123,9 +122,9 @@ def training(tmp_path_factory):
 
 @pytest.mark.parametrize("dies_at", [1, 2])
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-def test_a_warm_up_killed_before_a_recording_gives_the_same_scores(dies_at, training, monkeypatch):
+def test_a_warm_up_killed_before_a_recording_gives_the_same_scores(dies_at, whole, training, monkeypatch):
     """The checkpoint is there and its recording is not: in the middle, and at the very end."""
-    expected = training("whole").table("less").values
+    expected = load_file(whole[0] / "seed=0" / "scores" / "less.safetensors")["scores"]
     pool, record, seen = training("killed"), LESSRecorder.record, []
 
     def dying(self, recording):
@@ -167,6 +166,15 @@ def test_drawn_rows_depend_on_the_seed_alone(training):
 # -- the rows of a folder
 
 
+def mmlu_archive(folder: Path) -> None:
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "mmlu.zip", "w") as archive:
+        for split in ("dev", "val", "test"):
+            made = io.StringIO()
+            csv.writer(made).writerows([[f"{split} {k}?", "a, b", "c", "d", "e", "B"] for k in range(2)])
+            archive.writestr(f"data/{split}/law_{split}.csv", made.getvalue())
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A few rows in each file."""
@@ -204,12 +212,7 @@ def folder(tmp_path):
     (tmp_path / "alpaca").mkdir()
     with gzip.open(tmp_path / "alpaca/alpaca_cleaned.jsonl.gz", "wt") as file:
         file.writelines(json.dumps(row) + "\n" for row in flat)
-    (tmp_path / "mmlu").mkdir()
-    with zipfile.ZipFile(tmp_path / "mmlu/mmlu.zip", "w") as archive:
-        for split in ("dev", "val", "test"):
-            lines_ = io.StringIO()
-            csv.writer(lines_).writerows([[f"{split} {k}?", "a, b", "c", "d", "e", "B"] for k in range(2)])
-            archive.writestr(f"data/{split}/law_{split}.csv", lines_.getvalue())
+    mmlu_archive(tmp_path / "mmlu")
     return tmp_path
 
 
