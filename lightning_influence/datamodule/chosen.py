@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning_influence.capture.data_fingerprint import data_fingerprint
 from lightning_influence.selection import Selection
@@ -22,6 +23,7 @@ class Chosen:
         positions: At least one, none twice, in pick order.
         selection: With its gains; None where only positions were given.
         fingerprint: Of the dataset they were chosen in (`data_fingerprint`); None until it has been seen.
+        weights: How often each of the positions is served in proportion to the others; None for once each.
 
     Raises:
         ValueError: If the positions are none.
@@ -30,6 +32,7 @@ class Chosen:
     positions: tuple[int, ...]
     selection: Selection | None = None
     fingerprint: str | None = None
+    weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         shown = list(self.positions)
@@ -51,6 +54,41 @@ class Chosen:
     def ids(self) -> list[int]:
         """The positions in the order of the pool."""
         return sorted(self.positions)
+
+    @property
+    def weights_of_ids(self) -> list[float] | None:
+        """The weights in the order of the pool."""
+        if self.weights is None:
+            return None
+        return [weight for _, weight in sorted(zip(self.positions, self.weights, strict=True))]
+
+    def weighed(self, weights: Mapping[int, float] | Literal["gains"] | None) -> Chosen:
+        """The same with weights, see `DataSelector.weigh`.
+
+        Raises:
+            ValueError: If they do not fit.
+        """
+        if weights is None:
+            return replace(self, weights=None)
+        call = "DataSelector.weigh"
+        if isinstance(weights, str):
+            checked_weights(weights, call)
+            if self.selection is None:
+                raise ValueError(f"`{call}('gains')`: only positions were given. Expected weights by position.")
+            found = self.selection.gains.clamp(max=0).neg().tolist()
+        else:
+            if set(weights) != set(self.positions):
+                odd = sorted(set(weights) ^ set(self.positions))[:8]
+                raise ValueError(
+                    f"`{call}(weights)`: expected one for each selected position; not on both sides: {odd}."
+                )
+            found = [float(weights[k]) for k in self.positions]
+        if not all(math.isfinite(w) and w >= 0 for w in found) or not any(found):
+            raise ValueError(
+                f"`{call}({'gains' if isinstance(weights, str) else 'weights'})`: expected finite numbers >= 0, "
+                f"not all of them 0; got {found[:4]}{'...' * (len(found) > 4)}."
+            )
+        return replace(self, weights=tuple(found))
 
     def found_in(self, dataset: Any) -> Chosen:
         """The same, tied to a dataset.
@@ -75,13 +113,17 @@ class Chosen:
             "positions": list(self.positions),
             "fingerprint": self.fingerprint,
             "selection": selection,
+            "weights": None if self.weights is None else list(self.weights),
         }
 
     @classmethod
     def from_dict(cls, found: dict[str, Any]) -> Chosen:
         """What `to_dict` gave."""
         selection = None if found["selection"] is None else Selection.from_dict(found["selection"])
-        return cls(tuple(found["positions"]), selection, found["fingerprint"])
+        weights = found.get("weights")
+        return cls(
+            tuple(found["positions"]), selection, found["fingerprint"], None if weights is None else tuple(weights)
+        )
 
     def write(self, path: str | os.PathLike[str]) -> Path:
         """Write a JSON file, whole or not at all."""
@@ -103,6 +145,19 @@ class Chosen:
             return cls.from_dict(json.loads(Path(path).read_text()))
         except (LookupError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"`DataSelector.load({str(path)!r})`: expected a file written by `save`.") from error
+
+
+def checked_weights(weights: Literal["gains"] | None, call: str = "DataSelector") -> Literal["gains"] | None:
+    """The word as it is.
+
+    Raises:
+        ValueError: If it is another.
+    """
+    if weights not in (None, "gains"):
+        raise ValueError(
+            f"`{call}(weights={weights!r})`: expected 'gains' or None; give weights by position to `weigh`."
+        )
+    return weights
 
 
 def plain_positions(ids: Sequence[int]) -> tuple[int, ...]:

@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
-from lightning_influence.capture.component import find_components
 from lightning_influence.capture.data_fingerprint import data_fingerprint
 from lightning_influence.capture.guard import unchanged
 from lightning_influence.capture.losses import Batch, ExampleLoss
 from lightning_influence.curvature import Curvature
-from lightning_influence.datamodule.chosen import Chosen, plain_positions
+from lightning_influence.datamodule.chosen import Chosen, checked_weights, plain_positions
+from lightning_influence.datamodule.pool import check_size, checked_budget, checked_pool
+from lightning_influence.datamodule.recorded_curvature import recorded_curvature
 from lightning_influence.datamodule.reselection import Reselection
 from lightning_influence.datamodule.target_data import checked_targets, target_data
 from lightning_influence.datamodule.warm_up import WarmUp
 from lightning_influence.datamodule.wrapper import DataModuleWrapper, PlainData, is_datamodule, overrides
-from lightning_influence.selection import Constraints, Random, Selection, TokenBudget, check_budget
-from lightning_influence.selection.budget import Budget, resolve_budget
+from lightning_influence.selection import Constraints, Random, Selection
+from lightning_influence.selection.budget import Budget
 from lightning_influence.selection.pipeline import Leaks, Rule, TargetCurvature, Weight, select_training_data
 from lightning_influence.selection.selected_loader import selected_loader, subset
-from lightning_influence.store import Store
 
 
 class DataSelector(DataModuleWrapper):
@@ -73,6 +73,7 @@ class DataSelector(DataModuleWrapper):
             pool all the same.
         reselect_every_n_epochs: Choose again at the start of the epochs n, 2n, ... of a fit; None for never. Needs
             ``budget`` and ``Trainer(reload_dataloaders_every_n_epochs=1)``.
+        weights: ``"gains"`` for selections whose rows are drawn in proportion to their predicted gains, see `weigh`.
         seed: Of the random part, and of labels sampled when choosing during a fit.
         val: DataLoader or dataset for validation, when ``data`` is not a datamodule.
         batch_size: Of the pool and the validation data, where they are plain datasets.
@@ -103,6 +104,7 @@ class DataSelector(DataModuleWrapper):
         selection: list[int] | str | None = None,
         warmup: int | float | None = None,
         reselect_every_n_epochs: int | None = None,
+        weights: Literal["gains"] | None = None,
         seed: int = 0,
         val: Any = None,
         batch_size: int = 32,
@@ -115,7 +117,7 @@ class DataSelector(DataModuleWrapper):
             raise ValueError("`DataSelector(val=...)`: the datamodule has its own validation data; leave `val` out.")
         super().__init__(data if is_datamodule(data) else PlainData(data, val, settings))
         self._targets = None if targets is None else checked_targets(targets)
-        self._budget = _checked_budget("DataSelector", budget)
+        self._budget = checked_budget("DataSelector", budget)
         self._options: dict[str, Any] = {
             "constraints": constraints,
             "leaks": leaks,
@@ -131,12 +133,13 @@ class DataSelector(DataModuleWrapper):
         self._file: str | None = None
         self._chosen: Chosen | None = None
         self._seed = Random(seed).seed
+        self._weights = checked_weights(weights)
         self._warmup = None if warmup is None else WarmUp(warmup, seed)
         every = reselect_every_n_epochs
         self._reselection = None if every is None else Reselection(every, self._budget, curvature)
         self._is_set_up = self._inner is not data
         if self._is_set_up:
-            self._check_size(self._inner.train_dataloader())
+            check_size(self._inner.train_dataloader(), self._budget, self._warmup)
         if isinstance(selection, str | os.PathLike):
             self._file = os.fspath(selection)
         elif selection is not None:
@@ -219,7 +222,7 @@ class DataSelector(DataModuleWrapper):
             self._serve(Chosen(plain_positions(ids)))
             return None
         assert model is not None
-        budget = self._budget if budget is None else _checked_budget("DataSelector.select", budget)
+        budget = self._budget if budget is None else checked_budget("DataSelector.select", budget)
         if budget is None:
             raise ValueError("`DataSelector(budget=None)`: expected an int >= 1 or a fraction in (0, 1] to select.")
         given = {"rule": rule, "loss": loss}
@@ -227,7 +230,7 @@ class DataSelector(DataModuleWrapper):
         if options["curvature"] is not None and not options["curvature"].fitted:
             options["curvature"] = copy.deepcopy(options["curvature"])  # fitted to this model, and not to the next one
         if store is not None:
-            options["curvature"] = _recorded_curvature(store, model, options["components"])
+            options["curvature"] = recorded_curvature(store, model, options["components"])
         pool = self.pool_dataloader()
         with unchanged(model):
             selection = select_training_data(
@@ -240,7 +243,8 @@ class DataSelector(DataModuleWrapper):
                 progress=progress,
                 **options,
             )
-        self._serve(Chosen.of(selection, data_fingerprint(pool.dataset)))
+        chosen = Chosen.of(selection, data_fingerprint(pool.dataset))
+        self._serve(chosen if self._weights is None else chosen.weighed(self._weights))
         return selection
 
     def use(self, selection: Selection) -> Selection:
@@ -251,6 +255,23 @@ class DataSelector(DataModuleWrapper):
         """
         self._serve(Chosen.of(selection))
         return selection
+
+    def weigh(self, weights: Mapping[int, float] | Literal["gains"] | None) -> None:
+        """Serve the selected rows in proportion to weights, as many draws with replacement an epoch as there are rows.
+
+        Batches and ``training_step`` stay as they are: a row of twice the weight comes twice as often. Kept by `save`
+        and in checkpoints; the next selection has none of it.
+
+        Args:
+            weights: Of every selected position; or ``"gains"`` for how much each pick is predicted to lower the target
+                loss, so that those predicted to raise it are not drawn; or None to serve each row once again.
+
+        Raises:
+            ValueError: If nothing is selected, or weights do not fit.
+        """
+        if self._chosen is None:
+            raise ValueError("`DataSelector.weigh()`: nothing has been selected; call select first.")
+        self._chosen = self._chosen.weighed(weights)
 
     def clear(self) -> None:
         """Serve again what was served before there was a selection: the whole pool, or the warm-up's part of it."""
@@ -282,28 +303,7 @@ class DataSelector(DataModuleWrapper):
         if not self._is_set_up:
             self._inner.prepare_data()
             self.setup("fit")
-        loader = self._inner.train_dataloader()
-        if not isinstance(loader, DataLoader):
-            raise ValueError(
-                f"`DataSelector(data=...)`: train_dataloader gives a {type(loader).__name__}; expected one DataLoader, "
-                "so that every example has one position. Select in each dataset before they are combined."
-            )
-        if isinstance(loader.dataset, IterableDataset):
-            raise ValueError(
-                f"`DataSelector(data=...)`: {type(loader.dataset).__name__} is iterable and has no positions; "
-                "expected a map-style dataset with __len__ and __getitem__."
-            )
-        return loader
-
-    def _check_size(self, loader: Any) -> None:
-        """Parts that the pool does not have are told before the warm-up, not after it."""
-        dataset: Any = loader.dataset if isinstance(loader, DataLoader) else None
-        if not isinstance(dataset, Sized) or isinstance(dataset, IterableDataset):
-            return
-        if not isinstance(self._budget, TokenBudget | None):
-            resolve_budget(self._budget, len(dataset), "DataSelector")
-        if self._warmup is not None:
-            self._warmup.check(len(dataset))
+        return checked_pool(self._inner.train_dataloader())
 
     def _serve(self, chosen: Chosen) -> None:
         self._chosen, self._file = chosen, None
@@ -317,15 +317,18 @@ class DataSelector(DataModuleWrapper):
             self._reselection.epoch = self._trainer.current_epoch
         if self._chosen is None and self._warmup is None:
             whole = self._inner.train_dataloader()
-            self._check_size(whole)
+            check_size(whole, self._budget, self._warmup)
             return whole
         loader = self.pool_dataloader()
-        positions = self._served(loader).ids
-        if self._trainer is not None and self._trainer.world_size > 1:
-            positions = self._trainer.strategy.broadcast(positions)  # ranks may have computed ties differently
-        if self._loader_fn is not None:
-            return self._loader_fn(subset(loader.dataset, positions))
-        return selected_loader(loader, positions)
+        served = self._served(loader)
+        positions, weights = served.ids, served.weights_of_ids
+        if self._trainer is not None and self._trainer.world_size > 1:  # ranks may have computed ties differently
+            positions, weights = self._trainer.strategy.broadcast((positions, weights))
+        if self._loader_fn is None:
+            return selected_loader(loader, positions, weights)
+        if weights is not None:
+            raise ValueError("`DataSelector(loader_fn=...)` makes the loader itself: leave it or the weights out.")
+        return self._loader_fn(subset(loader.dataset, positions))
 
     def _served(self, loader: DataLoader[Any]) -> Chosen:
         """The selection, or before there is one the warm-up's part."""
@@ -333,7 +336,7 @@ class DataSelector(DataModuleWrapper):
             self._chosen = self._chosen.found_in(loader.dataset)
             return self._chosen
         assert self._warmup is not None
-        self._check_size(loader)
+        check_size(loader, self._budget, self._warmup)
         return self._warmup.of(loader.dataset)
 
     def setup(self, stage: str) -> None:
@@ -382,13 +385,3 @@ class DataSelector(DataModuleWrapper):
                 "DataSelector: the checkpoint was trained on another selection than the one made since; the new one "
                 "is served. Call `clear()` before the fit to take the one in the checkpoint."
             )
-
-
-def _checked_budget(call: str, budget: Budget | None) -> Budget | None:
-    return budget if isinstance(budget, TokenBudget | None) else check_budget(budget, call)
-
-
-def _recorded_curvature(store: str | os.PathLike[str], model: nn.Module, select: Any) -> Curvature:
-    found = Store.open(Path(store))
-    found.verify(model, None if select is None else find_components(model, select))
-    return found.read_curvature("curvature")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, Subset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, Subset, WeightedRandomSampler
 
 from lightning_influence.selection.selection import Selection
 
@@ -47,7 +47,9 @@ def subset(dataset: Any, positions: Sequence[int]) -> Any:
     return Subset(dataset, list(positions))
 
 
-def selected_loader(loader: DataLoader[Any], positions: Sequence[int]) -> DataLoader[Any]:
+def selected_loader(
+    loader: DataLoader[Any], positions: Sequence[int], weights: Sequence[float] | None = None
+) -> DataLoader[Any]:
     """A new loader over some rows: batch size, collate function, workers and shuffling are those of the old one.
 
     The dataset is cut, not the sampler, so that Lightning can put its DistributedSampler on top.
@@ -55,6 +57,7 @@ def selected_loader(loader: DataLoader[Any], positions: Sequence[int]) -> DataLo
     Args:
         loader: Over a map-style dataset; only read.
         positions: Rows of its dataset, in the order in which they are served without shuffling.
+        weights: Of these rows: an epoch is as many draws with replacement, in proportion to them; None for each once.
 
     Raises:
         ValueError: If the loader is of a kind that cannot be rebuilt, or the rows give no batch.
@@ -66,7 +69,11 @@ def selected_loader(loader: DataLoader[Any], positions: Sequence[int]) -> DataLo
             "and drop_last=True. Expected a smaller batch size, or drop_last=False."
         )
     settings: dict[str, Any] = {name: getattr(loader, name) for name in _KEPT if hasattr(loader, name)}
-    return DataLoader(subset(loader.dataset, positions), shuffle=shuffle, **settings)
+    rows = subset(loader.dataset, positions)
+    if weights is None:
+        return DataLoader(rows, shuffle=shuffle, **settings)
+    drawn = WeightedRandomSampler(weights, len(positions), generator=loader.generator)
+    return DataLoader(rows, sampler=drawn, **settings)
 
 
 def _shuffles(loader: DataLoader[Any]) -> bool:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_influence.datamodule.chosen import Chosen, plain_positions
-from lightning_influence.selection import Random
+from lightning_influence.selection import Random, TopK
 from tests.datamodule.toys import numbered
 
 
@@ -31,6 +31,42 @@ def test_tied_to_the_first_dataset_that_it_is_found_in():
         tied.found_in(numbered(9, seed=1))
     with pytest.raises(ValueError, match=r"\(4 examples, .*with position 4\)"):
         loose.found_in(numbered(4))
+
+
+def test_weights_stay_with_their_positions(tmp_path):
+    chosen = Chosen((4, 1, 6))
+    weighed = chosen.weighed({1: 2, 6: 0.5, 4: 0})
+    assert (weighed.weights, weighed.weights_of_ids, chosen.weights_of_ids) == ((0.0, 2.0, 0.5), [2.0, 0.0, 0.5], None)
+    assert Chosen.read(weighed.write(tmp_path / "rows.json")).weights == weighed.weights
+    assert weighed.weighed(None).weights is None
+    before = {name: value for name, value in chosen.to_dict().items() if name != "weights"}
+    assert Chosen.from_dict(before).to_dict() == chosen.to_dict()  # files of earlier versions
+
+
+def test_weights_from_gains():
+    selection = TopK().select(torch.tensor([3.0, -1.0, 2.0], dtype=torch.float64), budget=3)
+    assert Chosen.of(selection).weighed("gains").weights_of_ids == [3.0, 0.0, 2.0]
+    worse = TopK().select(torch.tensor([-1.0, -2.0]), budget=2)
+    with pytest.raises(
+        ValueError, match=r"`DataSelector.weigh\(gains\)`: expected finite numbers >= 0, not all of them 0"
+    ):
+        Chosen.of(worse).weighed("gains")
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({4: 1.0}, r"one for each selected position; not on both sides: \[1\]"),
+        ({4: 1.0, 1: -1.0}, r"expected finite numbers >= 0, not all of them 0; got \[1.0, -1.0\]"),
+        ({4: 1.0, 1: float("nan")}, "expected finite numbers >= 0"),
+        ({4: 0, 1: 0}, "not all of them 0"),
+        ("gains", r"`DataSelector.weigh\('gains'\)`: only positions were given"),
+        ("loss", r"`DataSelector.weigh\(weights='loss'\)`: expected 'gains' or None"),
+    ],
+)
+def test_weights_that_do_not_fit(weights, message):
+    with pytest.raises(ValueError, match=message):
+        Chosen((4, 1)).weighed(weights)
 
 
 def test_positions_are_plain():

@@ -16,6 +16,7 @@ CONFIG = """\
 seed_everything: 1
 trainer:
   max_epochs: 1
+  reload_dataloaders_every_n_epochs: 1
   accelerator: cpu
   logger: false
   enable_progress_bar: false
@@ -61,6 +62,10 @@ data:
       max_per_source: {{a: 1}}
       must_include: [2]
     leaks: refuse
+    warmup: 0.5
+    reselect_every_n_epochs: 2
+    weights: gains
+    seed: 3
     selection: [1, 2]
 """
 
@@ -81,6 +86,12 @@ def test_callbacks_and_datamodule_from_a_file(tmp_path, monkeypatch):
     assert selector.n == 20
     assert selector.selected_ids == [1, 2]
     assert len(cli.model.seen) == 2
+    assert (selector._warmup.part, selector._reselection.every, selector._weights, selector._seed) == (
+        0.5,
+        2,
+        "gains",
+        3,
+    )
     assert isinstance(selector._options["rule"], TopK)
     assert isinstance(selector._options["curvature"], EKFAC)
     limits = selector._options["constraints"]

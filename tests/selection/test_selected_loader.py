@@ -80,6 +80,21 @@ def test_loaders_that_cannot_be_rebuilt_are_refused(loader, message):
         selected_loader(loader, [1])
 
 
+def test_weights_are_how_often_a_row_is_drawn():
+    users = DataLoader(data(), batch_size=3, collate_fn=list, generator=torch.Generator().manual_seed(1))
+    loader = selected_loader(users, [2, 5, 7], [1.0, 0.0, 3.0])
+    drawn = [int(row[0]) for _ in range(400) for batch in loader for row in batch]
+    assert len(drawn) == 1200
+    assert (loader.batch_size, loader.collate_fn) == (3, list)
+    counts = [drawn.count(k) for k in (2, 5, 7)]
+    assert counts[1] == 0
+    assert abs(counts[0] - 300) < 5 * (1200 * 0.25 * 0.75) ** 0.5  # five standard deviations
+    again = selected_loader(
+        DataLoader(data(), 3, generator=torch.Generator().manual_seed(1)), [2, 5, 7], [1.0, 0.0, 3.0]
+    )
+    assert [int(x) for batch in again for x in batch[0].flatten()[:3]] == drawn[:3]
+
+
 def test_a_selection_without_a_batch_is_refused():
     users = DataLoader(data(), batch_size=4, drop_last=True)
     with pytest.raises(ValueError, match="3 selected examples give no batch with batch_size=4 and drop_last=True"):
