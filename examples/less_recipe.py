@@ -30,7 +30,7 @@ from less_recipe_data import (
     Texts,
     folder_texts,
     known_target,
-    offline_texts,
+    made_texts,
     recipe_data,
     template_texts,
 )
@@ -70,7 +70,7 @@ def texts_for(recipe: Recipe, folder: Path | None) -> Texts:
         return template_texts(recipe.targets)
     if folder is not None:
         return folder_texts(folder, recipe.targets)
-    return offline_texts(recipe.targets, recipe.pool_rows, 2 * recipe.query_rows, 2 * recipe.held_out_rows)
+    return made_texts(recipe.targets, recipe.pool_rows, recipe.query_rows, recipe.held_out_rows)
 
 
 def prepared(recipe: Recipe, options: argparse.Namespace) -> Training:

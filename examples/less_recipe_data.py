@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 BATCH = 4
 TARGETS = ("gsm8k", "mmlu/high_school_biology", "mmlu/sociology", "bbh/date_understanding", "bbh/sports_understanding")
 TASKS = ("leg_counting", "calendar_arithmetic", "time_intervals")
+MADE = tuple(family for family in FAMILIES if family != "coin_flip")  # which has too few different questions
 TOPICS = ("cooking", "travel")
 
 Pair = tuple[str, str]
@@ -139,15 +140,17 @@ def drawn(
 # -- what is made on the spot
 
 
-def made_texts(families: Sequence[str], targets: Sequence[str], rows: int, queries: int, held_out: int) -> Texts:
-    """Rows of the task families; a target's stand in the pool, say what is wanted, and measure the loss."""
-    pool = {}
-    goals = {}
-    for name in families:
+def made_texts(targets: Sequence[str], pool_rows: int, query_rows: int, held_out_rows: int) -> Texts:
+    """Rows of the task families; a target's stand in the pool, say what is wanted, and measure the loss.
+
+    Twice as many as are asked for, because long ones are left out.
+    """
+    rows, queries, held_out = -(-2 * pool_rows // len(MADE)), 2 * query_rows, 2 * held_out_rows
+    pool, goals = {}, {}
+    for name in MADE:
         found = instruction_rows([name], rows + (queries + held_out) * (name in targets))
         pool[name] = found[:rows]
-        if name in targets:
-            goals[name] = (found[rows : rows + queries], found[rows + queries :])
+        goals[name] = (found[rows : rows + queries], found[rows + queries :])
     return Texts(pool, {name: goals[name] for name in targets})
 
 
@@ -158,11 +161,6 @@ def template_texts(targets: Sequence[str]) -> Texts:
         topics.setdefault(row.family, []).append(row)
     goals = {name: (topics[name][12:16], topics[name][16:]) for name in targets}
     return Texts({name: rows[:12] for name, rows in topics.items()}, goals)
-
-
-def offline_texts(targets: Sequence[str], pool_rows: int, queries: int, held_out: int) -> Texts:
-    rows = -(-pool_rows // len(FAMILIES))
-    return made_texts(FAMILIES, targets, rows, queries, held_out)
 
 
 # -- what a folder holds

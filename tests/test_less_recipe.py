@@ -19,8 +19,9 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 
 import less_recipe
+import less_recipe_data
 from instruction_pool import InstructionRow
-from less_recipe_data import drawn, folder_texts, recipe_data
+from less_recipe_data import MADE, drawn, folder_texts, made_texts, recipe_data
 from less_recipe_methods import METHODS, Pool, rows_of
 from less_recipe_report import Outcome, lines, mean_ranks, result, table
 from pair_sets import texts
@@ -257,6 +258,19 @@ def test_parts_share_no_row(folder):
     assert [len(part) for part in data.held_out.values()] == [4, 4]
     again = recipe_data(found, tokenizer, 24, 2, 4, 60)
     assert [row.id for row in again.pool.rows] == [row.id for row in data.pool.rows]
+
+
+def test_made_rows_of_a_target_are_in_the_pool_too_but_other_ones(monkeypatch):
+    def made(families, rows):
+        return [InstructionRow(f"{f}-{k}", f, f"{f} asks {k}", str(k)) for f in families for k in range(rows)]
+
+    monkeypatch.setattr(less_recipe_data, "instruction_rows", made)
+    found = made_texts(["time_intervals"], 19, 3, 5)
+    data = recipe_data(found, tiny_tokenizer(texts(found.all())), 19, 3, 5, 40)
+    assert [data.sources.count(name) for name in MADE] == [3, *[2] * 8]
+    assert [len(data.pool), len(data.queries), len(data.held_out["time_intervals"])] == [19, 3, 5]
+    rows = [row.id for part in (data.pool, data.queries, *data.held_out.values()) for row in part.rows]
+    assert len(set(rows)) == 27
 
 
 def test_rows_that_are_not_there_are_named(folder):
