@@ -38,6 +38,8 @@ class Directory:
             raise StoreError(f"{self.path} has no {MANIFEST}. Expected the directory of a recording.") from None
         except ValueError as error:
             raise StoreError(f"{self.path / MANIFEST} is damaged: {error}. Restore it, or record again.") from None
+        if not isinstance(content, dict):
+            raise StoreError(f"{self.path / MANIFEST} is damaged: it is no mapping. Restore it, or record again.")
         return content
 
     def begin(self, head: dict[str, Any]) -> None:

@@ -84,7 +84,7 @@ class Store:
         """Open a recording.
 
         Raises:
-            StoreError: If there is none, or it was written in another format.
+            StoreError: If there is none, it is damaged, or it was written in another format.
         """
         store = cls(path)
         version = store.manifest.get("format_version")
@@ -93,6 +93,9 @@ class Store:
                 f"`Store.open({str(path)!r})`: expected format version {manifest.FORMAT_VERSION}, found {version}, "
                 f"written by {store.manifest.get('packages')}. Read it with that version, or record again."
             )
+        lacking = [key for key in ("model", "components", "settings", "files", *GROUPS) if key not in store.manifest]
+        if lacking:
+            raise StoreError(f"{store.path / MANIFEST} is damaged: it lacks {lacking}. Restore it, or record again.")
         return store
 
     @classmethod
@@ -214,7 +217,7 @@ class Store:
         stored = [by_name[fitted] for fitted in entry["components"]]
         if components is not None:
             self._refuse(manifest.component_differences(stored, components))
-        curvature = CURVATURES[entry["class"]](**entry["settings"])
+        curvature = self._unfitted(name, entry)
         state: dict[str, Tensor] = {}
         for path in entry["files"]:
             state |= load_file(self._directory.checked(path), device=device)
@@ -325,6 +328,15 @@ class Store:
             StoreError: If there is no such table, rows are missing, or a file is damaged.
         """
         return RowTable(self._directory, name).read()
+
+    def _unfitted(self, name: str, entry: Mapping[str, Any]) -> Curvature:
+        try:
+            return CURVATURES[entry["class"]](**entry["settings"])
+        except (TypeError, ValueError) as error:
+            raise StoreError(
+                f"{self}: curvature {name!r} has settings that this version does not know ({error}); written by "
+                f"{self.manifest.get('packages')}. Read it with that version, or record again."
+            ) from None
 
     def _readable_kind(self, name: str, curvature: Curvature) -> str:
         kind = type(curvature).__name__

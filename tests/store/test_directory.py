@@ -69,3 +69,9 @@ def test_damaged_manifest(directory):
     (directory.path / "manifest.json").write_text("{")
     with pytest.raises(StoreError, match=r"manifest.json is damaged: .*Restore it, or record again"):
         _ = directory.manifest
+
+
+def test_a_manifest_that_is_no_mapping(directory):
+    (directory.path / "manifest.json").write_text("[]")
+    with pytest.raises(StoreError, match=r"manifest.json is damaged: it is no mapping. Restore it, or record again"):
+        _ = directory.manifest

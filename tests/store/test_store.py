@@ -1,18 +1,21 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_influence.capture.component import find_components
 from lightning_influence.curvature import CURVATURES, EKFAC, Identity
 from lightning_influence.errors import NotFittedError, StoreError
-from lightning_influence.store import Store, model_fingerprint
+from lightning_influence.estimators.influence_function import InfluenceFunction
+from lightning_influence.store import Store, files, model_fingerprint
 
 SETTINGS = {"reduction": "sum", "seed": 0, "dtype": "float32", "select": ("0", "2")}
 
@@ -308,3 +311,52 @@ def test_examples_that_were_left_out_are_told(store, model, data):
     store.write_curvature("c", curvature)
     assert store.manifest["curvature"]["c"]["omitted"] == [3, 5]
     assert store.read_curvature("c").omitted == (3, 5)
+
+
+def edit(store, change):
+    path = store.path / "manifest.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_a_manifest_without_its_groups_is_damaged(store):
+    edit(store, lambda content: content.pop("curvature"))
+    with pytest.raises(StoreError, match=r"manifest.json is damaged: it lacks \['curvature'\]. Restore it"):
+        Store.open(store.path)
+
+
+def test_settings_of_a_later_version_are_refused(store, model, data):
+    store.write_curvature("c", EKFAC().fit(model, data))
+    edit(store, lambda content: content["curvature"]["c"]["settings"].update(later=1))
+    with pytest.raises(StoreError, match=r"settings that this version does not know \(.*'later'\); written by .*torch"):
+        store.read_curvature("c")
+
+
+def test_a_curvature_of_an_earlier_version_is_read(store, model, data):
+    """Before factors could be in pieces, subsampled, narrowed or without some examples."""
+    curvature = EKFAC(damping=0.1).fit(model, data)
+    store.write_curvature("c", curvature)
+    path = store.path / store.manifest["curvature"]["c"]["files"][0]
+    old = {key.removesuffix(".0"): value.clone() for key, value in load_file(path).items()}
+    files.write_tensors(path, old)
+
+    def change(content):
+        entry = content["curvature"]["c"]
+        entry["settings"] = {key: entry["settings"][key] for key in ("damping", "damping_share", "fisher", "seed")}
+        del entry["dtype"], entry["omitted"]
+        content["files"][entry["files"][0]]["sha256"] = files.checksum(path)
+
+    edit(store, change)
+    found = InfluenceFunction.from_store(model, store.path, "c").score(data, data).values
+    assert any(key.endswith(".0") for key in curvature.state())
+    assert torch.equal(found, InfluenceFunction(model, curvature).score(data, data).values)
+
+
+@pytest.mark.parametrize("part", ["factors/c/00000.safetensors", "manifest.json"])
+def test_a_store_cut_in_half_is_damaged(store, model, data, part):
+    store.write_curvature("c", EKFAC(damping=0.1).fit(model, data))
+    whole = (store.path / part).read_bytes()
+    (store.path / part).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(StoreError, match=r"is damaged: .* record again"):
+        InfluenceFunction.from_store(model, store.path, "c")
