@@ -175,7 +175,7 @@ class GradientCapture:
         if len(bad):
             raise ValueError(
                 f"the loss of {len(bad)} of {n} examples is not finite (ids {bad[:8].tolist()}); expected finite "
-                "losses. Remove these examples or repair the model before recording."
+                "losses. Repair the model, or leave these examples out: omit_nonfinite(model, data)."
             )
         ran = {call.module for call in self._log}
         silent = {c.uses[0].module: _SILENT for c in self.components if not ran & {use.module for use in c.uses}}

@@ -15,9 +15,14 @@ class KeptRecords:
 
     Args:
         budget: Bytes of the tensors that are kept, on whatever device they are.
+
+    Raises:
+        ValueError: If the budget is none.
     """
 
     def __init__(self, budget: int) -> None:
+        if type(budget) is not int or budget < 0:
+            raise ValueError(f"`fit(memory_budget={budget!r})`: expected a number of bytes, an int >= 0.")
         self.left = budget
         self.batches: list[list[LayerRecord]] = []
 

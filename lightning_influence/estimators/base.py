@@ -21,6 +21,7 @@ from lightning_influence.estimators.queries import Loss as Loss
 from lightning_influence.estimators.queries import check_supervised as check_supervised
 from lightning_influence.estimators.queries import damping_label as damping_label
 from lightning_influence.estimators.queries import inverse_length as inverse_length
+from lightning_influence.estimators.queries import warn_of_flat as warn_of_flat
 from lightning_influence.estimators.scores import Scores
 from lightning_influence.estimators.self_influence import SELF, self_products
 from lightning_influence.estimators.token_scores import Positions, TokenScores, joined
@@ -340,6 +341,7 @@ class Estimator(ABC):
                 for component, record in records:
                     found[component.name].append(record.example_gradients())
         gradients = {name: torch.cat(parts) for name, parts in found.items()}
+        warn_of_flat(type(self).__name__, self.query_loss, gradients)
         if not self.normalise:
             return gradients
         squares = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0)

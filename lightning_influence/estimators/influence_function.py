@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from lightning_influence.capture import Component
 from lightning_influence.capture.component import Select
+from lightning_influence.capture.finite import NanPolicy, check_nan_policy
 from lightning_influence.curvature import EKFAC, Curvature
 from lightning_influence.errors import NotFittedError
 from lightning_influence.estimators.base import Estimator, Labels, Loss, damping_label, inverse_length
@@ -74,11 +75,18 @@ class InfluenceFunction(Estimator):
         """Damping of the curvature."""
         return damping_label(self.curvature)
 
-    def fit(self, train: Any) -> Self:
-        """Fit the curvature on the training data, unless it is fitted already."""
+    def fit(self, train: Any, *, nan_policy: NanPolicy = "raise") -> Self:
+        """Fit the curvature on the training data, unless it is fitted already.
+
+        Args:
+            train: Map-style dataset or DataLoader.
+            nan_policy: ``"omit"`` leaves out examples whose loss is not finite, see `Curvature.fit`. `score` refuses
+                them all the same: pass it what `omit_nonfinite` leaves.
+        """
+        check_nan_policy("InfluenceFunction.fit", nan_policy)
         if not self.curvature.fitted:
-            loader = self._loader(train)
-            self.curvature.fit(self.model, loader, self.loss, self.components, progress=self.progress)
+            options: dict[str, Any] = {"progress": self.progress, "nan_policy": nan_policy}
+            self.curvature.fit(self.model, self._loader(train), self.loss, self.components, **options)
         return self
 
     def features(self, data: Any, *, supervised: bool = False, labels: Labels = "data", seed: int = 0) -> Tensor:

@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from lightning_influence.capture import Component, ExampleLoader, find_components
 from lightning_influence.capture.component import Select
+from lightning_influence.capture.finite import NanPolicy, check_nan_policy
 from lightning_influence.curvature import EKFAC, Curvature
 from lightning_influence.curvature.base import loss_for
 from lightning_influence.errors import NotFittedError
@@ -52,11 +53,14 @@ class MultiStageInfluence(Estimator):
         pretrained_curvature: G_pt; None for ``EKFAC()``. Fitted by `fit` unless it is already.
         finetuned_curvature: G_ft; likewise. An object of its own, not that of the pre-trained model.
         loss: Per-example loss of the pre-training examples; None resolves it.
-        query_loss: Per-example loss of the queries, the measurement; None resolves it from model and batch.
+        query_loss: What is measured of the queries, any differentiable function of them; None takes
+            ``finetuning_loss``. No curvature depends on it.
         components: What `find_components` takes, in the pre-trained model; None for the default above, within those of
             fitted curvatures. Anything named is used, heads and normalisation too.
         match: Names in the pre-trained model to names in the fine-tuned one, as a mapping, or a function that returns
             None for no counterpart. None: equal but for a prefix.
+        finetuning_loss: Per-example loss that the fine-tuned model was trained on, for its curvature; None resolves it
+            from model and batch.
         **options: Those of `Estimator`.
 
     Attributes:
@@ -80,6 +84,7 @@ class MultiStageInfluence(Estimator):
         components: Select | list[Component] = None,
         *,
         match: Match = None,
+        finetuning_loss: Loss = None,
         **options: Any,
     ) -> None:
         self.curvature = EKFAC() if pretrained_curvature is None else pretrained_curvature
@@ -93,7 +98,8 @@ class MultiStageInfluence(Estimator):
         self.finetuned = finetuned
         self.shared = self._find(pretrained, finetuned, components, match)
         super().__init__(pretrained, loss, [one for one, _ in self.shared], **options)
-        self._asked = GradientDot(finetuned, query_loss, [other for _, other in self.shared], **options)
+        others = [other for _, other in self.shared]
+        self._asked = GradientDot(finetuned, finetuning_loss, others, query_loss=query_loss, **options)
         kinds = " and ".join(type(c).__name__ for c in (self.finetuned_curvature, self.curvature))
         self.formula = f"g_q(ft)^T (G_ft + damping)^-1 (G_pt + damping)^-1 g_i(pt), G_ft and G_pt: {kinds}"
 
@@ -129,15 +135,22 @@ class MultiStageInfluence(Estimator):
         one, other = (damping_label(c) for c in (self.curvature, self.finetuned_curvature))
         return one if one == other else f"pre-training: {one}, fine-tuning: {other}"
 
-    def fit(self, pretraining: Any, finetuning: Any) -> Self:
-        """Fit each curvature on the data of its stage, unless it is fitted already."""
+    def fit(self, pretraining: Any, finetuning: Any, *, nan_policy: NanPolicy = "raise") -> Self:
+        """Fit each curvature on the data of its stage, unless it is fitted already.
+
+        Args:
+            pretraining: Map-style dataset or DataLoader of the first stage.
+            finetuning: Likewise of the second.
+            nan_policy: ``"omit"`` leaves out examples whose loss is not finite, see `Curvature.fit`.
+        """
+        check_nan_policy("MultiStageInfluence.fit", nan_policy)
         for stage, curvature, data in (
             (self, self.curvature, pretraining),
             (self._asked, self.finetuned_curvature, finetuning),
         ):
             if not curvature.fitted:
-                loader = self._loader(data)
-                curvature.fit(stage.model, loader, stage.loss, stage.components, progress=self.progress)
+                options: dict[str, Any] = {"progress": self.progress, "nan_policy": nan_policy}
+                curvature.fit(stage.model, self._loader(data), stage.loss, stage.components, **options)
         return self
 
     def proximity(self) -> dict[str, Distance]:
@@ -195,7 +208,7 @@ class MultiStageInfluence(Estimator):
         self._asked._check_queries(queries)
 
     def _reduction(self, queries: ExampleLoader, train: ExampleLoader) -> str:
-        asked = self._asked._reduction(queries, train)
+        asked = loss_for(self.finetuned, queries, self._asked.asked).reduction
         own = loss_for(self.model, train, self.loss).reduction
         return own if own == asked else f"query: {asked}, training example: {own}"
 

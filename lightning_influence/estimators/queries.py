@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -63,6 +64,16 @@ def check_supervised(model: nn.Module, loader: ExampleLoader, loss: Loss) -> Non
 def sampled_losses(loss: ExampleLoss, ids: Tensor, seed: int) -> Callable[[nn.Module, Any], Tensor]:
     """Losses of labels drawn from the model, the same for an id in any batch."""
     return lambda model, batch: loss.sampled_losses(model, batch, Uniforms(ids, seed))
+
+
+def warn_of_flat(owner: str, query_loss: Loss, gradients: Mapping[str, Tensor]) -> None:
+    """Warn of a measurement that autograd differentiates to 0 everywhere, as it does for signs and roundings."""
+    if query_loss is not None and not any(bool(rows.any()) for rows in gradients.values()):
+        warnings.warn(
+            f"{owner}(query_loss=...): the gradient of every query is exactly 0, and so are its scores. Expected a "
+            "measurement that changes with the weights; rounding, signs and thresholds have the derivative 0.",
+            stacklevel=2,
+        )
 
 
 def damping_label(curvature: Curvature) -> str | None:

@@ -73,3 +73,9 @@ def test_shared_inputs_are_counted_once() -> None:
     kept = KeptRecords(1000)
     assert len([*kept.keeping([one, two])]) == 2
     assert kept.left == 1000 - 8 * 2 * 3 * (4 + 5 + 5) - 2 * 16
+
+
+@pytest.mark.parametrize("budget", [-1, 1.5, "1GB", True])
+def test_a_budget_is_checked(budget: Any) -> None:
+    with pytest.raises(ValueError, match=r"`fit\(memory_budget=.*\)`: expected a number of bytes, an int >= 0"):
+        KFAC().fit(ready(Mixed()), token_rows(), memory_budget=budget)

@@ -17,12 +17,14 @@ from lightning_influence import (
     InfluenceFunction,
     ProjectedGram,
     RegressionLoss,
+    omit_nonfinite,
+    spearman,
 )
 from lightning_influence.capture import find_components
 from lightning_influence.errors import NotFittedError, StoreError
 from lightning_influence.store import Store
 from tests import oracles
-from tests.curvature.models import Mixed, loss_of, mlp, normal, points, ready, token_rows
+from tests.curvature.models import Mixed, labels, loss_of, mlp, normal, points, ready, token_rows
 
 TRAIN, QUERIES = points(15), points(4, seed=3)
 
@@ -200,3 +202,37 @@ def test_features_that_cannot_be() -> None:
     iterative = InfluenceFunction(mlp(), CG()).fit(TRAIN)
     with pytest.raises(ValueError, match=r"`CG.whiten`: a curvature that is known by its products alone has no square"):
         iterative.features(TRAIN)
+
+
+def test_examples_without_a_finite_loss_are_left_out_on_request_alone() -> None:
+    model, broken = mlp(), [(x * torch.nan, y) if k == 4 else (x, y) for k, (x, y) in enumerate(TRAIN)]
+    with pytest.raises(ValueError, match=r"not finite \(ids \[4\]\).* leave these examples out: omit_nonfinite\(model"):
+        InfluenceFunction(model).fit(broken)
+    with pytest.warns(UserWarning, match=r"1 of 15 examples are left out .*\(ids \[4\]\)"):
+        found = InfluenceFunction(model, EKFAC(fisher="empirical")).fit(broken, nan_policy="omit")
+    assert found.curvature.omitted == (4,)
+    kept = [row for k, row in enumerate(TRAIN) if k != 4]
+    expected = InfluenceFunction(model, EKFAC(fisher="empirical")).fit(kept).score(QUERIES, kept).values
+    with pytest.warns(UserWarning, match="1 of 15"):
+        left = omit_nonfinite(model, broken)
+    torch.testing.assert_close(found.score(QUERIES, left).values, expected, rtol=1e-9, atol=1e-12)
+    with pytest.raises(ValueError, match=r"`InfluenceFunction.fit\(nan_policy='skip'\)`: expected 'raise'"):
+        found.fit(TRAIN, nan_policy="skip")  # type: ignore[arg-type]
+
+
+def test_factors_in_bfloat16_rank_as_those_in_float32(tmp_path: Any) -> None:
+    """3 digits of every factor are enough to tell examples apart, query by query."""
+    model = mlp(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4)).float()
+    train, queries = ([(x.float(), y) for x, y in wide(n, seed)] for n, seed in ((200, 0), (8, 1)))
+    expected = InfluenceFunction(model, EKFAC()).fit(train)
+    store = Store.create(tmp_path, model, expected.components)
+    store.write_curvature("curvature", expected.curvature, dtype="bfloat16")
+    found = InfluenceFunction.from_store(model, tmp_path).score(queries, train).values
+    whole = expected.score(queries, train).values
+    assert found.dtype == whole.dtype == torch.float32
+    assert not torch.equal(found, whole)
+    assert float(spearman(found, whole).min()) > 0.999
+
+
+def wide(n: int, seed: int) -> list[Any]:
+    return list(zip(normal(n, 6, seed=seed), labels(n, 4, seed), strict=True))

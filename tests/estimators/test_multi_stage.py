@@ -306,3 +306,36 @@ def test_from_two_recorded_runs(tmp_path: Any) -> None:
     )
     with pytest.raises(StoreError, match="other weights"):
         MultiStageInfluence.from_stores(*models, second, first)
+
+
+def margin(model: nn.Module, batch: Any) -> Tensor:
+    return model(batch[0])[:, 0]
+
+
+def test_a_measurement_of_the_queries_changes_no_curvature() -> None:
+    """Its curvature is that of the loss the fine-tuned model was trained on, also under sampled labels."""
+    plain, asked = (MultiStageInfluence(*pair(), **options) for options in ({}, {"query_loss": margin}))
+    for influence in (plain, asked):
+        influence.fit(PRETRAINING, FINETUNING)
+    given = MultiStageInfluence(*pair(), query_loss=margin, finetuning_loss=ClassificationLoss())
+    for influence in (asked, given.fit(PRETRAINING, FINETUNING)):
+        for name, tensor in influence.finetuned_curvature.state().items():
+            assert torch.equal(tensor, plain.finetuned_curvature.state()[name])
+    fitted = (plain.curvature, plain.finetuned_curvature)
+    found = asked.score(QUERIES, PRETRAINING)
+    expected = MultiStageInfluence(*pair(), *fitted, query_loss=margin).score(QUERIES, PRETRAINING)
+    torch.testing.assert_close(found.values, expected.values)
+    assert found.reduction == "query: defined by a function, training example: sum"
+    assert not torch.allclose(found.values, plain.score(QUERIES, PRETRAINING).values)
+
+
+def test_examples_without_a_finite_loss_are_left_out_on_request_alone() -> None:
+    model, tuned = (mlp(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)) for _ in "ab")
+    rows = [(x * torch.nan, y) if k == 2 else (x, y) for k, (x, y) in enumerate(points(12))]
+    influence = MultiStageInfluence(model, tuned)
+    with pytest.raises(ValueError, match=r"not finite \(ids \[2\]\)"):
+        influence.fit(rows, points(12))
+    with pytest.warns(UserWarning, match=r"1 of 12 examples are left out .*\(ids \[2\]\)"):
+        influence.fit(rows, points(12), nan_policy="omit")
+    assert influence.curvature.omitted == (2,)
+    assert influence.finetuned_curvature.omitted == ()

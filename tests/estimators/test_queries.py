@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_influence import EKFAC, ClassificationLoss, ExampleLoader, Identity
+from lightning_influence import EKFAC, ClassificationLoss, ExampleLoader, GradientDot, Identity
 from lightning_influence.estimators.queries import (
     asked,
     check_asked,
@@ -11,6 +11,7 @@ from lightning_influence.estimators.queries import (
     damping_label,
     row_ids,
     sampled_losses,
+    warn_of_flat,
 )
 from tests.curvature.models import Tokens, loss_of, mlp, points, ready, texts
 
@@ -55,3 +56,11 @@ def test_damping_is_told() -> None:
     assert damping_label(EKFAC(damping=0.5)) == "0.5"
     assert damping_label(EKFAC(damping_share=0.2)) == "0.2 x mean eigenvalue"
     assert damping_label(Identity()) is None
+
+
+def test_a_measurement_that_is_flat_everywhere_is_told() -> None:
+    flat = GradientDot(mlp(), query_loss=lambda model, batch: model(batch[0]).sign().sum(1))
+    with pytest.warns(UserWarning, match=r"GradientDot\(query_loss=...\): the gradient of every query is exactly 0"):
+        assert not flat.score(points(3), points(4)).values.any()
+    warn_of_flat("x", None, {"a": torch.zeros(2, 3)})
+    warn_of_flat("x", flat.query_loss, {"a": torch.zeros(2, 3), "b": torch.ones(2, 1)})

@@ -32,11 +32,13 @@ def resolve_loss(
         fallback: Taken when no known loss fits the batch.
 
     Raises:
-        ValueError: If no loss fits the batch and there is no fallback, or if two would.
+        ValueError: If no loss fits the batch and there is no fallback, or if two would, or the loss given is none.
     """
     if isinstance(loss, ExampleLoss):
         return loss
     if loss is not None:
+        if not callable(loss):
+            raise ValueError(f"loss={loss!r}: expected an ExampleLoss, a function (model, batch) -> [n], or None.")
         return FunctionLoss(loss)
     if isinstance(model, HasExampleLosses):
         return ModuleLoss()

@@ -139,3 +139,8 @@ def test_unknown_batches(batch: Any) -> None:
     fallback = RegressionLoss()
     assert resolve_loss(Mlp(), batch, fallback=fallback) is fallback
     assert resolve_loss(Mlp(), points(), fallback=fallback) is not fallback
+
+
+def test_a_loss_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"loss=3: expected an ExampleLoss, a function \(model, batch\) -> \[n\], or"):
+        resolve_loss(Mlp(), points(3), 3)  # type: ignore[arg-type]
