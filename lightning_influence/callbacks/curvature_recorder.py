@@ -32,6 +32,8 @@ class CurvatureRecorder(Recorder):
         curvature: A curvature with its settings, which itself stays unfitted; None for ``EKFAC()``.
         when: As in `Recorder`.
         train: DataLoader or dataset; None takes the Trainer's training data, or the pool of its `DataSelector`.
+            Examples without a finite loss are an error: ``omit_nonfinite(model, data)`` leaves them out, the store
+            tells which.
         dtype: ``"bfloat16"`` stores factors in half the room, as in `Store.write_curvature`.
         **options: Those of `Recorder`: dirpath, components, loss, batch_size, keep, name.
 
@@ -92,6 +94,7 @@ class CurvatureRecorder(Recorder):
             recording.progress(curvature.num_passes * len(train)) as advance,
         ):
             curvature.start(capture.components)
+            curvature.omitted = train.omitted
             own = self._usable[recording.trainer.global_rank :: recording.trainer.world_size]
             examples = recording.examples(train, indices=own or self._usable[:1], advance=advance)
             for _ in range(curvature.num_passes):

@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_influence.callbacks.curvature_recorder import CurvatureRecorder
 from lightning_influence.callbacks.records import find_records
-from lightning_influence.capture import ClassificationLoss, ExampleLoader
+from lightning_influence.capture import ClassificationLoss, ExampleLoader, omit_nonfinite
 from lightning_influence.curvature import CG, EKFAC, KFAC, Arnoldi, Curvature, Exact, Identity, LiSSA
 from lightning_influence.datamodule import DataSelector
 from lightning_influence.errors import StoreError
@@ -173,3 +173,19 @@ def test_factors_can_be_stored_in_half_the_room(tmp_path):
     assert entry["dtype"] == {"float32": "bfloat16"}
     with pytest.raises(ValueError, match=r"CurvatureRecorder\(dtype='half'\)`: expected 'bfloat16', or None"):
         CurvatureRecorder(dtype="half")
+
+
+def test_examples_that_were_left_out_are_told(tmp_path):
+    x, y = data().tensors
+    x = x.clone()
+    x[3] = torch.nan
+    with pytest.warns(UserWarning, match=r"1 of 16 examples are left out .*\(ids \[3\]\)"):
+        clean = omit_nonfinite(Toy(), TensorDataset(x, y))
+    recorder = CurvatureRecorder(EKFAC(damping=0.1), components=LINEAR, train=clean)
+    model, _ = run(tmp_path, [recorder], max_epochs=1)
+    found = Store.open(recorder.records[0].path).read_curvature("curvature")
+    assert found.omitted == (3,)
+    expected = EKFAC(damping=0.1).fit(model, clean, components=LINEAR, progress=False)
+    gradients = {c.name: torch.randn(2, *c.shape) for c in expected.components}
+    for name, solved in found.precondition(gradients).items():
+        torch.testing.assert_close(solved, expected.precondition(gradients)[name], rtol=1e-4, atol=1e-5)
