@@ -24,6 +24,7 @@ from lightning_influence.datamodule.target_data import checked_targets, target_d
 from lightning_influence.datamodule.warm_up import WarmUp
 from lightning_influence.datamodule.wrapper import DataModuleWrapper, PlainData, is_datamodule, overrides
 from lightning_influence.selection import Constraints, Random, Selection
+from lightning_influence.selection.aggregate import Reduce
 from lightning_influence.selection.budget import Budget
 from lightning_influence.selection.pipeline import Leaks, Rule, TargetCurvature, Weight, select_training_data
 from lightning_influence.selection.selected_loader import selected_loader, subset
@@ -55,11 +56,13 @@ class DataSelector(DataModuleWrapper):
     Args:
         data: The pool: a LightningDataModule whose ``train_dataloader`` gives one DataLoader, a DataLoader, or a
             map-style dataset (torch or Hugging Face ``datasets``).
-        targets: DataLoader or dataset of the examples whose mean loss shall fall; None takes the validation data.
-            A dataset is put into batches as the pool is.
+        targets: DataLoader or dataset of the examples whose mean loss shall fall, or several by name; None takes the
+            validation data. A dataset is put into batches as the pool is.
         budget: Rows as an int, a share of the pool in (0, 1] or a `TokenBudget`; needed for ``select(model)``.
         constraints: What the selection must keep to besides.
         leaks: Of the targets, what is done about pool rows that stand there too: "warn", "refuse" or "exclude".
+        target_weights: Of targets by name, see `select_training_data`.
+        across: The same.
         rule: None for ``InteractionGreedy()``; ``"newton"`` for `NewtonGreedy` with a ridge that suits the pool.
         curvature: None for ``EKFAC()``.
         components: Which parameters, see `find_components`; None for everything trainable.
@@ -94,6 +97,8 @@ class DataSelector(DataModuleWrapper):
         *,
         constraints: Constraints | None = None,
         leaks: Leaks = "warn",
+        target_weights: dict[str, float] | None = None,
+        across: Reduce = "mean",
         rule: Rule | None = None,
         curvature: Curvature | None = None,
         components: str | list[str] | Callable[[str, nn.Module], bool] | None = None,
@@ -121,6 +126,8 @@ class DataSelector(DataModuleWrapper):
         self._options: dict[str, Any] = {
             "constraints": constraints,
             "leaks": leaks,
+            "target_weights": target_weights,
+            "across": across,
             "rule": rule,
             "curvature": curvature,
             "components": components,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -17,7 +18,8 @@ def checked_targets(targets: Any) -> Any:
         ValueError: If not.
     """
     try:
-        ExampleLoader(targets)
+        for data in targets.values() if isinstance(targets, Mapping) else (targets,):
+            ExampleLoader(data)
     except ValueError as error:
         raise ValueError(f"`DataSelector(targets={type(targets).__name__})`: {error}") from error
     return targets
@@ -27,13 +29,15 @@ def target_data(targets: Any, pool: DataLoader[Any], inner: Any) -> Any:
     """Targets in batches: as they come in a loader, and else as the pool's do.
 
     Args:
-        targets: DataLoader or dataset; None for the validation data.
+        targets: DataLoader or dataset, or several by name; None for the validation data.
         pool: Whose batch size and collate function a dataset is put into batches with.
         inner: The datamodule that has the validation data.
 
     Raises:
         ValueError: If there is no single loader of validation data to take them from.
     """
+    if isinstance(targets, Mapping):
+        return {name: target_data(data, pool, inner) for name, data in targets.items()}
     if isinstance(targets, DataLoader):
         return targets
     if targets is not None:

@@ -16,10 +16,12 @@ from lightning_influence.curvature import EKFAC, Curvature
 from lightning_influence.curvature.base import loss_for
 from lightning_influence.estimators.influence_function import InfluenceFunction
 from lightning_influence.estimators.interactions import Interactions
+from lightning_influence.selection.aggregate import Reduce, Weights
 from lightning_influence.selection.base import SelectionRule
 from lightning_influence.selection.budget import Budget, TokenBudget, resolve_budget
 from lightning_influence.selection.constraints import Constraints
 from lightning_influence.selection.interaction_greedy import InteractionGreedy
+from lightning_influence.selection.named_targets import NamedTargets
 from lightning_influence.selection.newton_greedy import NewtonGreedy
 from lightning_influence.selection.newton_pool import NewtonPool
 from lightning_influence.selection.pool_audit import PoolAudit, audit_pool
@@ -43,6 +45,8 @@ def select_training_data(
     budget: Budget,
     constraints: Constraints | None = None,
     leaks: Leaks = "warn",
+    target_weights: Weights = None,
+    across: Reduce = "mean",
     rule: Rule | None = None,
     curvature: Curvature | None = None,
     loss: ExampleLoss | Callable[[nn.Module, Any], Tensor] | None = None,
@@ -63,10 +67,15 @@ def select_training_data(
     Args:
         model: The warm-up model. Left as it was.
         pool: Map-style dataset or DataLoader of the rows to choose from; ids are positions in it.
-        targets: Map-style dataset or DataLoader of the examples whose mean loss shall fall.
+        targets: Map-style dataset or DataLoader of the examples whose mean loss shall fall; or several such sets, of
+            any size, by name, which count alike.
         budget: Rows as an int, a share of the pool in (0, 1], or `TokenBudget`, for which tokens are counted here.
         constraints: What the selection must keep to besides; rows are equal if their data are.
         leaks: Whether pool rows that also stand in the target set are told in a warning, refused, or left out.
+        target_weights: Factors of the named sets, 1 for those left out; a negative one for what shall be avoided
+            (`target_interactions`).
+        across: With named sets: their weighted mean, or, with `TopK` alone, the largest or smallest of the weighted
+            scores (`aggregate`).
         rule: None for ``InteractionGreedy()``; ``"newton"`` for `NewtonGreedy` with the ridge that random selections
             of the budget's size ask for (`NewtonPool.ridge`). `NewtonGreedy` works on the scores of the pool for the
             targets here (`NewtonPool.scored`).
@@ -99,7 +108,9 @@ def select_training_data(
     """
     rule = InteractionGreedy() if rule is None else rule
     _check_options(rule, curvature, weight, target_curvature, leaks)
-    rows, goals = ExampleLoader(pool, batch_size), ExampleLoader(targets, batch_size)
+    rows, named = ExampleLoader(pool, batch_size), NamedTargets(CALL, targets, target_weights, across, batch_size)
+    named.check_rule(rule)
+    goals = named.data
     if not isinstance(budget, TokenBudget):
         resolve_budget(budget, rows.num_examples, CALL)
     curvature = EKFAC(seed=seed) if curvature is None else curvature
@@ -121,9 +132,12 @@ def select_training_data(
         return replace(selection, positions=tuple(int(name) for name in selection.ids))
     scores = influence.score(goals, rows)
     fisher = influence.score(goals, rows, labels="sampled", seed=seed) if target_curvature == "sampled" else None
-    interactions = Interactions.from_scores(scores, 1 / terms.rows, fisher)
-    number = resolve_weight(interactions, chooser, terms.rows, weight)
-    selection = replace(_select(interactions.reweighted(number), chooser, terms), weight=number)
+    if named.across == "mean":
+        interactions = named.interactions(scores, fisher, 1 / terms.rows)
+        number = resolve_weight(interactions, chooser, terms.rows, weight)
+        selection = replace(_select(interactions.reweighted(number), chooser, terms), weight=number)
+    else:
+        selection = replace(named.top(scores, terms), weight=1 / terms.rows)
     return replace(selection, positions=tuple(int(name) for name in selection.ids))
 
 

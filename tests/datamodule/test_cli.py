@@ -62,6 +62,8 @@ data:
       max_per_source: {{a: 1}}
       must_include: [2]
     leaks: refuse
+    target_weights: {{law: -1}}
+    across: mean
     warmup: 0.5
     reselect_every_n_epochs: 2
     weights: gains

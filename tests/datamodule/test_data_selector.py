@@ -229,6 +229,17 @@ def test_validation_data_are_the_targets_by_default():
     assert data.calls == ["prepare_data", "setup"]  # by select itself: no fit has done so
 
 
+def test_several_targets_by_name():
+    data, named = Data(), {"a": numbered(3, seed=3), "b": numbered(6, seed=4)}
+    options = {"target_weights": {"a": 2.0}, "across": "max", "rule": TopK()}
+    found = select(DataSelector(data, named, 4, **options))
+    seed_everything(0, verbose=False)
+    expected = select_training_data(Net(), data.train, named, budget=4, progress=False, **options)
+    assert found.ids == expected.ids
+    with pytest.raises(ValueError, match=r"`DataSelector\(targets=dict\)`: .*the data is empty"):
+        DataSelector(data, {"a": numbered(3), "b": []}, 4)
+
+
 def test_budget_and_rule_of_one_call() -> None:
     data = Data()
     selector = DataSelector(data, budget=3)

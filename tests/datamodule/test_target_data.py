@@ -15,6 +15,8 @@ def test_given_targets_go_before_validation_data():
     pool, loader = DataLoader(numbered(), batch_size=5), DataLoader(numbered(6), batch_size=2)
     assert target_data(loader, pool, inner) is loader
     assert target_data(numbered(7), pool, inner).batch_size == 5
+    named = target_data({"a": loader, "b": numbered(7)}, pool, inner)
+    assert (named["a"], named["b"].batch_size) == (loader, 5)
     assert target_data(None, pool, inner).dataset is inner.val
 
 

@@ -1,0 +1,106 @@
+"""Several target sets of different sizes, against the scores put together by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_influence.curvature import Identity
+from lightning_influence.estimators import InfluenceFunction
+from lightning_influence.selection import InteractionGreedy, NewtonGreedy, TopK, select_by_scores
+from lightning_influence.selection.aggregate import target_interactions
+from lightning_influence.selection.named_targets import NamedTargets
+from lightning_influence.selection.pipeline import choose, select_training_data
+
+
+def data(n, seed):
+    x = torch.randn(n, 4, generator=torch.Generator().manual_seed(seed))
+    return TensorDataset(x, x[:, :3].argmax(1))
+
+
+POOL, MATHS, LAW = data(30, 0), data(2, 1), data(7, 2)
+NAMED = {"maths": MATHS, "law": LAW}
+SETS = {"maths": range(2), "law": range(2, 9)}
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Linear(4, 3)
+
+
+def choice(model, targets, **options):
+    settings = {"budget": 6, "curvature": Identity(), "progress": False}
+    return select_training_data(model, POOL, targets, **{**settings, **options})
+
+
+@pytest.fixture
+def scores(model):
+    together = TensorDataset(*(torch.cat(parts) for parts in zip(MATHS.tensors, LAW.tensors, strict=True)))
+    return InfluenceFunction(model, Identity(), normalise=True, progress=False).score(together, POOL)
+
+
+@pytest.mark.parametrize("weights", [None, {"maths": 3.0}, {"law": -0.5}])
+def test_weighted_means_by_hand(model, scores, weights):
+    factor = {"maths": 1.0, "law": 1.0, **(weights or {})}
+    total = scores.total().double()
+    by_hand = (factor["maths"] * total[:2].mean(0) + factor["law"] * total[2:].mean(0)) / 2
+    top = choice(model, NAMED, rule=TopK(), target_weights=weights)
+    assert sorted(top.ids) == sorted(by_hand.topk(6).indices.tolist())
+    torch.testing.assert_close(top.first_order, -by_hand[list(top.ids)] / 6, rtol=1e-4, atol=1e-7)
+
+
+def test_interactions_of_all_sets(model, scores):
+    found = choice(model, NAMED, target_weights={"maths": 2.0}, weight="1/k")
+    problem = target_interactions(scores, SETS, {"maths": 2.0}, weight=1 / 6)
+    expected = choose(problem, InteractionGreedy(), 6, "1/k")
+    assert found.ids == expected.ids
+    torch.testing.assert_close(found.gains, expected.gains, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("across", ["max", "min"])
+def test_largest_and_smallest(model, scores, across):
+    found = choice(model, NAMED, rule=TopK(), across=across, target_weights={"law": 2.0})
+    expected = select_by_scores(scores, budget=6, across=across, targets=SETS, weights={"law": 2.0})
+    assert found.ids == expected.ids
+    torch.testing.assert_close(found.gains, expected.gains / 6, rtol=1e-4, atol=1e-7)
+
+
+def test_one_named_set_is_the_set(model):
+    one, plain = choice(model, {"law": LAW}), choice(model, LAW)
+    assert one.ids == plain.ids
+    torch.testing.assert_close(one.gains, plain.gains, rtol=1e-5, atol=1e-8)
+
+
+def test_rows_one_set_after_another():
+    named = NamedTargets("f", {"maths": DataLoader(MATHS, batch_size=4), "law": DataLoader(LAW, batch_size=3)})
+    assert (named.sets, named.data.ids, named.data.batch_size) == (SETS, list(range(9)), 3)
+    assert torch.equal(named.data.dataset[4][0], LAW[2][0])
+
+
+@pytest.mark.parametrize(
+    ("targets", "options", "message"),
+    [
+        ({}, {}, r"targets=\{\}\)`: expected at least one target set by name"),
+        (LAW, {"target_weights": {"law": 1.0}}, "target_weights and across are for several target sets"),
+        (LAW, {"across": "max"}, "target_weights and across are for several target sets"),
+        (NAMED, {"across": "median"}, "expected 'mean', 'max' or 'min'"),
+        (NAMED, {"target_weights": {"low": 1.0}}, r"\['low'\] are no targets; expected names among \['maths', 'law'\]"),
+        (NAMED, {"target_weights": {"law": float("nan")}}, "expected finite numbers that are not all 0"),
+        (NAMED, {"across": "max"}, r"has no interactions. Expected rule=TopK\(\)"),
+        (NAMED, {"rule": "newton"}, "counts every target example alike"),
+        (NAMED, {"rule": NewtonGreedy(0.3)}, "counts every target example alike"),
+        ({"a": DataLoader(LAW, collate_fn=list), "b": LAW}, {}, "have different collate functions"),
+        (
+            NAMED,
+            {"target_weights": {"maths": 0, "law": 0}, "rule": TopK()},
+            "expected finite numbers that are not all 0",
+        ),
+    ],
+)
+def test_refused(monkeypatch, model, targets, options, message):
+    monkeypatch.setattr(InfluenceFunction, "check", lambda *_: pytest.fail("the model has run"))
+    with pytest.raises(ValueError, match=message):
+        choice(model, targets, **options)
