@@ -319,6 +319,8 @@ class DataSelector(DataModuleWrapper):
 
     def train_dataloader(self) -> Any:
         """The pool's loader as it is, or one like it over the rows that the fit shall see now."""
+        if self._reselection is not None:
+            self._reselection.check_loss(self._trainer, self.pool_dataloader, self._options["loss"])
         if self._reselection is not None and self._reselection.is_due(self._trainer):
             self.select(self._trainer.lightning_module, seed=self._seed, progress=False)
             self._reselection.epoch = self._trainer.current_epoch

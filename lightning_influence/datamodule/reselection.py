@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader
 
+from lightning_influence.capture.examples import ExampleLoader
+from lightning_influence.capture.guard import unchanged
 from lightning_influence.curvature import Curvature
+from lightning_influence.curvature.base import loss_for
 
 
 class Reselection:
@@ -36,6 +41,7 @@ class Reselection:
                 "will have by then. Expected one that is not fitted."
             )
         self.every = every
+        self._is_checked = False
         self.epoch: int | None = None
 
     def begin(self, trainer: Any) -> None:
@@ -44,7 +50,7 @@ class Reselection:
         Raises:
             MisconfigurationException: If the Trainer reads the loader once per fit, or not in every epoch.
         """
-        self.epoch = None
+        self.epoch, self._is_checked = None, False
         reload = None if trainer is None else trainer.reload_dataloaders_every_n_epochs
         if reload not in (None, 1):
             raise MisconfigurationException(
@@ -52,6 +58,19 @@ class Reselection:
                 f"reload_dataloaders_every_n_epochs={reload} and would go on with the old rows. Expected "
                 "`Trainer(reload_dataloaders_every_n_epochs=1)`."
             )
+
+    def check_loss(self, trainer: Any, pool: Callable[[], DataLoader[Any]], loss: Any) -> None:
+        """That the rows have a loss of their own, told at the first epoch of a fit and not at the n-th.
+
+        Raises:
+            ValueError: If none is known for the model and its batches, see `resolve_loss`.
+        """
+        if self._is_checked or trainer is None or not trainer.training:
+            return
+        model = trainer.lightning_module
+        with unchanged(model):
+            loss_for(model, ExampleLoader(pool()), loss)
+        self._is_checked = True
 
     def is_due(self, trainer: Any) -> bool:
         """Whether the epoch that a Trainer asks a loader for begins with a new choice."""

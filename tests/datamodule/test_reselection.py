@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from lightning_influence.datamodule import DataSelector
 from lightning_influence.datamodule.reselection import Reselection
 from lightning_influence.selection.pipeline import select_training_data
 from tests.datamodule.test_data_selector import saver
-from tests.datamodule.toys import Data, Net, fit, numbered, trainer
+from tests.datamodule.toys import Data, Net, fit, numbered, numbers, trainer
 
 RELOAD = {"reload_dataloaders_every_n_epochs": 1}
 
@@ -90,9 +91,9 @@ def test_picks_are_those_of_the_weights_and_nothing_else_changes():
     assert all(torch.equal(model.state_dict()[name], value) for name, value in same.state_dict().items())
 
 
-def ordered(**kwargs):
+def ordered(budget=5, **kwargs):
     pool = DataLoader(numbered(32), batch_size=4)
-    return DataSelector(pool, numbered(6, seed=3), 5, val=numbered(4), reselect_every_n_epochs=2, **kwargs)
+    return DataSelector(pool, numbered(6, seed=3), budget, val=numbered(4), reselect_every_n_epochs=2, **kwargs)
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
@@ -112,6 +113,32 @@ def test_a_resumed_fit_ends_where_the_whole_one_does(stop, tmp_path):
     assert [ids for ids in rest.served if ids is not None] == begun[stop - 2 :]
     assert first.seen + second.seen == whole.seen
     assert all(torch.equal(whole.state_dict()[name], value) for name, value in second.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:select_training_data")
+def test_ranks_train_on_the_same_new_rows(tmp_path):
+    class Note(Callback):
+        def on_train_epoch_start(self, trainer, module):
+            module.seen.append([])
+
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            module.seen[-1] += numbers(batch[0])
+
+        def on_train_end(self, trainer, module):
+            found = [trainer.datamodule.selected_ids, module.seen]
+            (tmp_path / f"{trainer.global_rank}.json").write_text(json.dumps(found))
+
+    class Quiet(Net):
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    settings = {"max_epochs": 3, "callbacks": [Note()], "devices": 2, "strategy": "ddp_fork", **RELOAD}
+    selector = ordered(6, warmup=8)
+    fit(selector, Quiet(), **settings)
+    (first, seen), (second, others) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second == sorted(seen[2] + others[2])
+    assert sorted(seen[0] + others[0]) == sorted(seen[1] + others[1])
+    assert len(first) == 6
 
 
 @pytest.mark.filterwarnings("ignore:select_training_data")
@@ -145,6 +172,18 @@ def test_refused_before_the_fit():
         Reselection(1, 2, fitted)
     with pytest.raises(ValueError, match="no single validation loader"):
         fit(DataSelector(numbered(), budget=2, reselect_every_n_epochs=1), model, **RELOAD)
+    assert model.seen == []
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_a_loss_that_is_not_known_is_told_before_the_first_epoch():
+    class Named(Net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch["x"], batch["y"]), batch_idx)
+
+    rows, model = [{"x": x, "y": y} for x, y in numbered()], Named()
+    with pytest.raises(ValueError, match="no per-example loss is known for a batch of type dict"):
+        fit(DataSelector(rows, rows[:3], 4, reselect_every_n_epochs=2), model, **RELOAD)
     assert model.seen == []
 
 
