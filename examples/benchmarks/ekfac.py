@@ -1,11 +1,16 @@
 """EK-FAC fit and pairwise scoring against kronfluence, on the same model and sequences in one process.
 
     python examples/benchmarks/ekfac.py [--quick] [--sequences 500] [--repeats 3]
+    python examples/benchmarks/ekfac.py --model smollm2 --text FILE [--random-weights]
 
-GPT-NeoX, 4 layers x 256, vocabulary 8000, sequences of 128 random tokens, 10 queries; all linear layers of the
-blocks (attention and MLP), labels sampled from the model, damping 0.1 x mean eigenvalue. The two take turns;
-medians are printed, and both over a bare forward and backward pass of the same sequences with weight gradients.
+neox: GPT-NeoX, 4 layers x 256, vocabulary 8000, 500 sequences of 128 random tokens; all linear layers of the blocks
+(attention and MLP). smollm2: SmolLM2-135M-Instruct or its shape with random weights, its MLP layers, 64 sequences of
+128 tokens of a text. 10 queries, labels sampled from the model, damping 0.1 x mean eigenvalue. The two take turns;
+medians are printed, and both over a bare forward and backward pass of the same sequences with weight gradients. With
+one thread the seconds are those of the processor, which others that use the machine do not add to. The scores are
+compared where no chance is in them, with the empirical Fisher on both sides, on the first --compared sequences.
 Peak memory is what a process that runs only one of them adds to what it held after its imports (Linux only).
+`--rank 32` also times the scoring with queries of that rank on both sides.
 
 kronfluence is not a dependency: pip install --no-deps kronfluence accelerate einops einconv opt_einsum
 """
@@ -23,8 +28,9 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -34,19 +40,33 @@ from kronfluence.task import Task
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # the other examples
+
+from smollm2 import load_smollm2
 
 from lightning_influence import EKFAC, InfluenceFunction, LanguageModelLoss
 
-COMPONENTS = [r"layers\.\d+\.(attention|mlp)\."]
+Fisher: TypeAlias = Literal["sampled", "empirical"]
+COMPONENTS = {"neox": [r"layers\.\d+\.(attention|mlp)\."], "smollm2": [r"layers\.\d+\.mlp\."]}
+TRACKED = {"neox": (".attention.", ".mlp."), "smollm2": (".mlp.",)}
+SMOLLM2 = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
 
 
 class Sequences(Dataset[dict[str, Tensor]]):
-    """Random tokens, every one of them a target."""
+    """Rows [n, t] of tokens, every one of them a target."""
 
-    def __init__(self, n: int, vocabulary: int, length: int, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.tokens = torch.randint(0, vocabulary, (n, length), generator=generator)
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens = tokens
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -57,7 +77,25 @@ class Sequences(Dataset[dict[str, Tensor]]):
 
 
 def build(args: argparse.Namespace) -> tuple[nn.Module, Sequences, Sequences]:
+    """The model, what it is fitted on, and queries."""
     torch.manual_seed(0)
+    model, words = (neox if args.model == "neox" else smollm2)(args)
+    tokens = torch.tensor(words[: (args.sequences + args.queries) * args.length]).reshape(-1, args.length)
+    if len(tokens) < args.sequences + args.queries:
+        raise ValueError(
+            f"expected a --text of {args.sequences + args.queries} sequences of {args.length} tokens, it has "
+            f"{len(tokens)}. Lower --sequences."
+        )
+    return model, Sequences(tokens[args.queries :]), Sequences(tokens[: args.queries])
+
+
+def drawn(args: argparse.Namespace, vocabulary: int) -> list[int]:
+    """Random tokens."""
+    n = (args.sequences + args.queries) * args.length
+    return torch.randint(0, vocabulary, (n,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def neox(args: argparse.Namespace) -> tuple[nn.Module, list[int]]:
     config = GPTNeoXConfig(
         vocab_size=args.vocabulary,
         hidden_size=args.width,
@@ -67,30 +105,52 @@ def build(args: argparse.Namespace) -> tuple[nn.Module, Sequences, Sequences]:
         max_position_embeddings=args.length,
         use_cache=False,
     )
-    model = GPTNeoXForCausalLM(config).eval()
-    data = Sequences(args.sequences, args.vocabulary, args.length, 1)
-    return model, data, Sequences(args.queries, args.vocabulary, args.length, 2)
+    return GPTNeoXForCausalLM(config).eval(), drawn(args, args.vocabulary)
 
 
-def timed(work: Callable[[], object]) -> tuple[float, object]:
-    start = time.perf_counter()
+def smollm2(args: argparse.Namespace) -> tuple[nn.Module, list[int]]:
+    if args.random_weights:
+        config = LlamaConfig(**SMOLLM2, max_position_embeddings=args.length, use_cache=False)
+        return LlamaForCausalLM(config).eval(), drawn(args, config.vocab_size)
+    model, tokenizer = load_smollm2(args.cache)
+    text = args.text.read_text(encoding="utf-8")[: 12 * (args.sequences + args.queries) * args.length]
+    return model, tokenizer(text, verbose=False).input_ids
+
+
+def timed(work: Callable[[], object]) -> tuple[float, Any]:
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     result = work()
-    return time.perf_counter() - start, result
+    return clock() - start, result
 
 
-def bare(model: nn.Module, data: Sequences, queries: Sequences, batch: int) -> None:
+def bare(model: nn.Module, data: Sequences, queries: Sequences, args: argparse.Namespace) -> None:
     """The floor: forward and backward with weight gradients."""
-    for k in range(0, len(data), batch):
-        tokens = data.tokens[k : k + batch]
+    for k in range(0, len(data), args.batch):
+        tokens = data.tokens[k : k + args.batch]
         model(input_ids=tokens, labels=tokens).loss.backward()
         model.zero_grad(set_to_none=True)
 
 
-def ours(model: nn.Module, data: Sequences, queries: Sequences, batch: int) -> tuple[float, float, Tensor]:
-    influence = InfluenceFunction(model, EKFAC(), LanguageModelLoss(), COMPONENTS, batch_size=batch, progress=False)
-    fit, _ = timed(lambda: influence.fit(data))
-    score, scores = timed(lambda: influence.score(queries, data))
-    return fit, score, scores.total()
+@dataclass
+class Found:
+    """Seconds of each part, and the scores [q, n]."""
+
+    scores: Tensor
+    seconds: dict[str, float]
+
+
+def ours(
+    model: nn.Module, data: Sequences, queries: Sequences, args: argparse.Namespace, fisher: Fisher = "sampled"
+) -> Found:
+    influence = InfluenceFunction(
+        model, EKFAC(fisher=fisher), LanguageModelLoss(), COMPONENTS[args.model], batch_size=args.batch, progress=False
+    )
+    seconds = {"fit": timed(lambda: influence.fit(data))[0]}
+    seconds["score"], scores = timed(lambda: influence.score(queries, data))
+    if args.rank is not None:
+        seconds["low_rank"] = timed(lambda: influence.score(queries, data, rank=args.rank))[0]
+    return Found(scores.total(), seconds)
 
 
 class LanguageModeling(Task):
@@ -119,31 +179,46 @@ class LanguageModeling(Task):
         return batch["attention_mask"]
 
 
-def rival(model: nn.Module, data: Sequences, queries: Sequences, batch: int) -> tuple[float, float, Tensor]:
+def rival(
+    model: nn.Module, data: Sequences, queries: Sequences, args: argparse.Namespace, fisher: Fisher = "sampled"
+) -> Found:
     """kronfluence 1.0.1 on a copy of the model, which it wraps in place."""
     linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    task = LanguageModeling([name for name in linear if ".attention." in name or ".mlp." in name])
+    task = LanguageModeling([name for name in linear if any(part in name for part in TRACKED[args.model])])
     wrapped = prepare_model(copy.deepcopy(model), task)
     quiet: dict[str, Any] = {"cpu": True, "disable_tqdm": True, "log_level": logging.ERROR}
-    damping = ScoreArguments(damping_factor=None)  # 0.1 x mean eigenvalue, as ours
+    factors = FactorArguments(use_empirical_fisher=fisher == "empirical")
     with tempfile.TemporaryDirectory() as folder:
         analyzer = Analyzer("bench", wrapped, task, output_dir=folder, **quiet)
-        fit, _ = timed(lambda: analyzer.fit_all_factors("f", data, batch, factor_args=FactorArguments()))
-        score, _ = timed(
-            lambda: analyzer.compute_pairwise_scores(
-                "s", "f", queries, data, len(queries), per_device_train_batch_size=batch, score_args=damping
+
+        def score(name: str, rank: int | None) -> object:
+            own = ScoreArguments(damping_factor=None, query_gradient_low_rank=rank)  # 0.1 x mean eigenvalue, as ours
+            return analyzer.compute_pairwise_scores(
+                name, "f", queries, data, len(queries), per_device_train_batch_size=args.batch, score_args=own
             )
-        )
-        scores = analyzer.load_pairwise_scores("s")
-    return fit, score, scores["all_modules"]
+
+        seconds = {"fit": timed(lambda: analyzer.fit_all_factors("f", data, args.batch, factor_args=factors))[0]}
+        seconds["score"] = timed(lambda: score("s", None))[0]
+        if args.rank is not None:
+            seconds["low_rank"] = timed(lambda: score("low", args.rank))[0]
+        return Found(analyzer.load_pairwise_scores("s")["all_modules"], seconds)
+
+
+def agreement(model: nn.Module, data: Sequences, queries: Sequences, args: argparse.Namespace) -> dict[str, float]:
+    """Of the scores under the empirical Fisher, on the first sequences."""
+    some = Sequences(data.tokens[: args.compared])
+    left, right = (work(model, some, queries, args, "empirical").scores.double() for work in (ours, rival))
+    rows = zip(left.tolist(), right.tolist(), strict=True)
+    spearman = statistics.mean(float(spearmanr(a, b).statistic) for a, b in rows)
+    return {"spearman": spearman, "score_error": float((left - right).norm() / right.norm())}
 
 
 def peak_memory(which: str, args: argparse.Namespace) -> float:
     """What the work adds to the resident set of a process that only runs one of them, in MiB."""
-    sizes = [
-        f"--{key}={getattr(args, key)}" for key in ("sequences", "batch", "width", "layers", "vocabulary", "length")
-    ]
-    command = [sys.executable, __file__, f"--only={which}", *sizes]
+    names = ("model", "sequences", "queries", "batch", "width", "layers", "vocabulary", "length", "cache", "text")
+    given = [f"--{name}={getattr(args, name)}" for name in names if getattr(args, name) is not None]
+    flags = ["--random-weights"] * args.random_weights
+    command = [sys.executable, __file__, f"--only={which}", *given, *flags]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return float(out.strip().splitlines()[-1])
 
@@ -162,68 +237,80 @@ def added_memory(work: Callable[[], object]) -> float:
     return resident("VmHWM") - before
 
 
-def arguments() -> argparse.Namespace:
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="32 sequences, two rounds, within a minute")
-    parser.add_argument("--sequences", type=int, default=500)
+    parser.add_argument("--quick", action="store_true", help="32 sequences (8 of smollm2), two rounds")
+    parser.add_argument("--model", choices=sorted(COMPONENTS), default="neox")
+    parser.add_argument("--random-weights", action="store_true", help="the shape of smollm2, and random tokens")
+    parser.add_argument("--text", type=Path, help="file whose beginning smollm2 is fitted on")
+    parser.add_argument("--cache", type=Path, default=Path("runs/models"), help="folder for the weights of smollm2")
+    parser.add_argument("--sequences", type=int, help="500, or 64 of smollm2")
+    parser.add_argument("--compared", type=int, default=64, help="sequences of the comparison of scores, 0 for none")
     parser.add_argument("--queries", type=int, default=10)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, help="sequences of a batch: 16, or 4 of smollm2")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--vocabulary", type=int, default=8000)
+    parser.add_argument("--rank", type=int, help="of the queries, for low-rank scoring beside the exact one")
+    parser.add_argument("--width", type=int, default=256, help="of neox")
+    parser.add_argument("--layers", type=int, default=4, help="of neox")
+    parser.add_argument("--vocabulary", type=int, default=8000, help="of neox")
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--only", choices=["ours", "rival", "bare"], help="run one, print its peak memory")
-    args = parser.parse_args()
+    parser.add_argument("--only", choices=sorted(WORKS), help="run one, print its peak memory")
+    args = parser.parse_args(arguments)
+    small = args.model == "neox"
     if args.quick:
-        args.sequences, args.repeats = 32, 2
+        args.sequences, args.repeats = 32 if small else 8, 2
+    if args.sequences is None:
+        args.sequences = 500 if small else 64
+    if args.batch is None:
+        args.batch = 16 if small else 4
+    if not small and not args.random_weights and (args.text is None or not args.text.is_file()):
+        parser.error(f"expected --text to be a file of text for smollm2, or --random-weights; got {args.text}")
     return args
 
 
 def rounds(args: argparse.Namespace, model: nn.Module, data: Sequences, queries: Sequences) -> dict[str, float]:
-    """Median seconds of each part, and how well the scores agree (labels are sampled independently)."""
+    """Median seconds of each part."""
     times: dict[str, list[float]] = {}
-    agreement = []
-    bare(model, Sequences(args.batch, args.vocabulary, args.length, 3), queries, args.batch)  # warm-up
+    bare(model, Sequences(data.tokens[: args.batch]), queries, args)  # warm-up
     for turn in range(args.repeats):
-        times.setdefault("bare", []).append(timed(lambda: bare(model, data, queries, args.batch))[0])
-        scores = {}
+        times.setdefault("bare", []).append(timed(lambda: bare(model, data, queries, args))[0])
         for name in ("ours", "rival") if turn % 2 == 0 else ("rival", "ours"):
-            fit, score, scores[name] = WORKS[name](model, data, queries, args.batch)
-            times.setdefault(f"{name}_fit", []).append(fit)
-            times.setdefault(f"{name}_score", []).append(score)
-        rows = zip(scores["ours"].tolist(), scores["rival"].tolist(), strict=True)
-        agreement.append(statistics.mean(spearmanr(a, b).statistic for a, b in rows))
+            for part, seconds in WORKS[name](model, data, queries, args).seconds.items():
+                times.setdefault(f"{name}_{part}", []).append(seconds)
         print({key: round(values[-1], 2) for key, values in times.items()}, flush=True)
-    return {key: statistics.median(values) for key, values in times.items()} | {"spearman": statistics.mean(agreement)}
+    return {key: statistics.median(values) for key, values in times.items()}
 
 
 WORKS: dict[str, Callable[..., Any]] = {"ours": ours, "rival": rival, "bare": bare}
 
 
-def main() -> None:
-    args = arguments()
+def ratios(found: dict[str, float]) -> dict[str, float]:
+    """What the RESULT line says of the times."""
+    result = {f"{part}_ratio_kronfluence": found[f"ours_{part}"] / found[f"rival_{part}"] for part in ("fit", "score")}
+    result |= {f"{part}_over_bare": found[f"ours_{part}"] / found["bare"] for part in ("fit", "score")}
+    result |= {f"rival_{part}_over_bare": found[f"rival_{part}"] / found["bare"] for part in ("fit", "score")}
+    if "ours_low_rank" in found:
+        result["low_rank_score_ratio_kronfluence"] = found["ours_low_rank"] / found["rival_low_rank"]
+    return result
+
+
+def main(arguments: list[str]) -> None:
+    args = parse(arguments)
     warnings.filterwarnings("ignore")
     model, data, queries = build(args)
     if args.only:
-        print(added_memory(lambda: WORKS[args.only](model, data, queries, args.batch)))
+        print(added_memory(lambda: WORKS[args.only](model, data, queries, args)))
         return
     found = rounds(args, model, data, queries)
+    print("medians [s]:", {key: round(value, 2) for key, value in found.items()}, flush=True)
+    result = ratios(found)
     memory = {key: peak_memory(key, args) for key in ("ours", "rival", "bare")}
-    print("medians [s]:", {key: round(value, 2) for key, value in found.items() if key != "spearman"})
-    print("peak memory [MiB]:", {key: round(value) for key, value in memory.items()})
-    result = {
-        "fit_ratio_kronfluence": found["ours_fit"] / found["rival_fit"],
-        "score_ratio_kronfluence": found["ours_score"] / found["rival_score"],
-        "fit_over_bare": found["ours_fit"] / found["bare"],
-        "score_over_bare": found["ours_score"] / found["bare"],
-        "rival_fit_over_bare": found["rival_fit"] / found["bare"],
-        "rival_score_over_bare": found["rival_score"] / found["bare"],
-        "peak_memory_ratio": memory["ours"] / memory["rival"],
-        "spearman": found["spearman"],
-    }
-    print("RESULT", json.dumps({key: round(value, 4) for key, value in result.items()}))
+    print("peak memory [MiB]:", {key: round(value) for key, value in memory.items()}, flush=True)
+    result["peak_memory_ratio"] = memory["ours"] / memory["rival"]
+    if args.compared:
+        result |= agreement(model, data, queries, args)
+    print("RESULT", json.dumps({key: float(f"{value:.6g}") for key, value in result.items()}))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,17 +1,20 @@
-"""How near is each estimator to conjugate gradients, and what does it cost? Table 1 of [MS] in kind.
+"""How near is each estimator to the exact inverse, and what does it cost? Table 1 of [MS] in kind.
 
     python examples/benchmarks/influence_table.py [--quick] [--data DIR] [--device cuda] [--rows 500]
 
 GPT-NeoX, 4 layers x 256, 2 heads, trained on Penn Treebank (DIR/ptb/ptb.train.txt and ptb.valid.txt; DIR is LI_DATA
 unless given) or on sentences made on the spot; 10 queries from the held-out text, 500 training sequences as
-candidates. The curvature is that of the candidates, or of the first --curvature-rows of them: the time of CG, LiSSA
+candidates. The curvature is that of the first --curvature-rows of the candidates: the time of CG, LiSSA
 and Arnoldi is proportional to that number. Scored are the linear layers of the blocks (attention and MLP). All methods
 with a damping get the same absolute one, a share of the mean eigenvalue of the whole matrix, so that they solve one
 problem; EK-FAC by itself would damp each layer by its own mean.
 
-Agreement is Spearman's correlation with the scores of CG over the candidates, mean over the queries. Overhead is what
-is done once whatever the queries are, pairwise what 10 x 500 scores take after that, solving included. Of solvers that
-go on until a residual is small the steps and the residual are printed: read the table with that of the reference.
+Agreement is Spearman's correlation over the candidates with a reference, mean over the queries. The reference solves
+the system that conjugate gradients (CG) solves, by CG with EK-FAC as the preconditioner, until the residual is
+--tolerance of the gradient: plain CG, the reference of [MS], would take many times the steps for the same solution, and
+is a line of its own, as far as it comes in --patience steps. Overhead is what is done once whatever the queries are,
+pairwise what 10 x 500 scores take after that, solving included; with one thread in seconds of the processor, which
+others that use the machine do not add to. Of solvers the steps and the largest residual are printed.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_model, save_model
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -43,7 +48,7 @@ from lightning_influence.curvature import CG, Arnoldi, Diagonal, LiSSA
 
 BLOCKS = [r"layers\.\d+\.(attention|mlp)\."]
 MLP = [r"layers\.\d+\.mlp\."]
-REFERENCE = "CG"
+REFERENCE = "reference"
 
 
 class Sequences(Dataset[dict[str, Tensor]]):
@@ -76,6 +81,24 @@ def texts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
         return lines_of(args.data / "ptb" / "ptb.train.txt"), lines_of(args.data / "ptb" / "ptb.valid.txt")
     made = [text for text, _ in made_sentences(args.sentences, args.seed)]
     return made[len(made) // 10 :], made[: len(made) // 10]
+
+
+def trained(model: nn.Module, tokens: Tensor, args: argparse.Namespace) -> None:
+    """Train it, or take the weights of an earlier run with the same sizes, steps and seed."""
+    names = ("width", "layers", "vocabulary", "length", "steps", "rate", "batch", "seed")
+    made = {name: str(getattr(args, name)) for name in names} | {"tokens": str(tokens.sum().item())}
+    if args.weights is not None and args.weights.exists():
+        with safe_open(args.weights, "pt") as file:
+            known = file.metadata()
+        odd = sorted(name for name in made if known.get(name) != made[name])
+        if odd:
+            raise ValueError(f"{args.weights}: weights of another run, which differs in {odd}. Remove the file.")
+        load_model(model, args.weights)
+        model.to(args.device).eval()
+        return
+    print(f"loss of a token {train(model, tokens, args):.3f} after {args.steps} steps", flush=True)
+    if args.weights is not None:
+        save_model(model, str(args.weights), metadata=made)
 
 
 def train(model: nn.Module, tokens: Tensor, args: argparse.Namespace) -> float:
@@ -112,26 +135,29 @@ class Table:
         self.damping = args.damping_share * trace / sizes
 
     def lines(self) -> Iterator[Line]:
-        """The reference first."""
+        """The reference first; then from the cheapest to the most expensive."""
         args, damped = self.args, {"damping": self.damping, "seed": self.args.seed}
-        patient = {**damped, "tolerance": args.tolerance, "max_steps": args.max_steps}
-        yield self.influence(REFERENCE, CG(**patient))
         ekfac = EKFAC(**damped)
-        yield (own := self.influence("EK-FAC", ekfac))
+        own = self.influence("EK-FAC", ekfac)
+        exact = {"tolerance": args.tolerance, "max_steps": args.max_steps}
+        yield self.influence(REFERENCE, CG(**damped, **exact, preconditioner=ekfac), before=own.overhead_s)
+        yield own
         yield self.influence("EK-FAC, MLP only", EKFAC(**damped), components=MLP)
-        few = {**damped, "tolerance": args.tolerance, "max_steps": args.few}
-        both = self.influence("CG, EK-FAC-preconditioned", CG(**few, preconditioner=ekfac))
-        both.overhead_s += own.overhead_s
-        yield both
-        yield self.influence("CG, as few steps", CG(**few))
-        yield self.influence("LiSSA", LiSSA(**damped, depth=args.max_steps, tolerance=args.tolerance))
-        yield self.influence("Arnoldi", Arnoldi(**damped, rank=args.rank, steps=3 * args.rank))
         yield self.plain("GDP", GradientDot(self.model, None, BLOCKS, **self.options))
         yield self.plain("CKA", CKA(self.model, None, BLOCKS, **self.options))
         yield self.trak()
+        few = {"tolerance": args.tolerance, "max_steps": args.few}
+        yield self.influence(
+            "CG, EK-FAC-preconditioned", CG(**damped, **few, preconditioner=ekfac), before=own.overhead_s
+        )
+        yield self.influence("CG, as few steps", CG(**damped, **few))
+        yield self.influence("Arnoldi", Arnoldi(**damped, rank=args.rank, steps=3 * args.rank))
+        patient = {"tolerance": args.tolerance, "max_steps": args.patience}
+        yield self.influence("CG", CG(**damped, **patient))
+        yield self.influence("LiSSA", LiSSA(**damped, depth=args.patience, tolerance=args.tolerance))
 
-    def influence(self, method: str, curvature: Curvature, components: list[str] = BLOCKS) -> Line:
-        """With a curvature; what it says about convergence becomes a note."""
+    def influence(self, method: str, curvature: Curvature, components: list[str] = BLOCKS, before: float = 0.0) -> Line:
+        """With a curvature; what it says about convergence becomes a note. ``before``: seconds of a preconditioner."""
         estimator = InfluenceFunction(self.model, curvature, components=components, **self.options)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*converged")
@@ -140,7 +166,7 @@ class Table:
         notes: dict[str, Any] = {}
         if history := getattr(curvature, "history", None):
             notes = {"steps": int(history[-1].steps.max()), "residual": float(history[-1].residuals[-1].max())}
-        return Line(method, scores.total().cpu(), overhead, pairwise, notes)
+        return Line(method, scores.total().cpu(), before + overhead, pairwise, notes)
 
     def plain(self, method: str, estimator: GradientDot | CKA) -> Line:
         """What needs no fit."""
@@ -157,12 +183,14 @@ class Table:
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Scores]:
-    """Seconds, and what came of it; a GPU is waited for."""
-    start = time.perf_counter()
+    """Seconds, with one thread those of the processor, and what came of it; a GPU is waited for."""
+    alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
+    clock = time.process_time if alone else time.perf_counter
+    start = clock()
     result = work()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - start, result
+    return clock() - start, result
 
 
 def agreement(scores: Tensor, reference: Tensor) -> float:
@@ -179,22 +207,24 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--queries", type=int, default=10)
     parser.add_argument("--rows", type=int, default=500, help="candidates")
-    parser.add_argument("--curvature-rows", type=int, help="of the candidates, that the curvature is of; default all")
+    parser.add_argument("--curvature-rows", type=int, help="of the candidates, that the curvature is of; default 64")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=8000)
     parser.add_argument("--length", type=int, default=32, help="tokens of a sequence")
     parser.add_argument("--sentences", type=int, default=20000, help="that are made where there is no data")
-    parser.add_argument("--steps", type=int, default=3000, help="of the training")
+    parser.add_argument("--steps", type=int, default=2000, help="of the training")
     parser.add_argument("--rate", type=float, default=1e-3, help="first learning rate of the training")
+    parser.add_argument("--weights", type=Path, help="file for the trained weights, read where it exists")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--damping-share", type=float, default=0.1, help="of the mean eigenvalue")
     parser.add_argument(
-        "--tolerance", type=float, default=1e-2, help="of the residual of CG, over the gradient's length"
+        "--tolerance", type=float, default=3e-3, help="of the residuals, over the length of the gradient"
     )
-    parser.add_argument("--max-steps", type=int, default=100, help="of CG and LiSSA")
-    parser.add_argument("--few", type=int, default=10, help="steps of preconditioned CG")
-    parser.add_argument("--rank", type=int, default=32, help="eigenpairs of Arnoldi, in a space of three times that")
+    parser.add_argument("--max-steps", type=int, default=100, help="of the reference")
+    parser.add_argument("--patience", type=int, default=25, help="steps of plain CG and of LiSSA")
+    parser.add_argument("--few", type=int, default=5, help="steps of preconditioned CG")
+    parser.add_argument("--rank", type=int, default=16, help="eigenpairs of Arnoldi, in a space of three times that")
     parser.add_argument("--seed", type=int, default=0)
     return _checked(parser, parser.parse_args(arguments))
 
@@ -203,13 +233,13 @@ def _checked(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argpa
     if args.quick:
         args.data, args.sentences, args.vocabulary, args.length = None, 600, 200, 12
         args.width, args.layers, args.steps, args.batch = 16, 2, 150, 16
-        args.queries, args.rows, args.max_steps, args.few, args.rank, args.tolerance = 4, 48, 60, 5, 6, 0.05
+        args.queries, args.rows, args.max_steps, args.few, args.rank, args.patience = 4, 48, 100, 5, 6, 25
     if args.curvature_rows is None:
-        args.curvature_rows = args.rows
+        args.curvature_rows = min(64, args.rows)
     if args.data is not None and not (args.data / "ptb").is_dir():
         parser.error(f"expected --data to be a folder with ptb/ptb.train.txt, {args.data} has no ptb")
-    if min(args.queries, args.steps, args.few, args.rank, args.max_steps) < 1:
-        parser.error("expected --queries, --steps, --few, --rank and --max-steps >= 1")
+    if min(args.queries, args.steps, args.few, args.rank, args.max_steps, args.patience) < 1:
+        parser.error("expected --queries, --steps, --few, --rank, --max-steps and --patience >= 1")
     if args.rows < 8 * args.layers:
         parser.error(
             f"expected --rows >= {8 * args.layers}: TRAK has half as many dimensions, one a linear layer at least"
@@ -231,12 +261,12 @@ def build(args: argparse.Namespace) -> Table:
         )
     torch.manual_seed(args.seed)
     model = GPTNeoXForCausalLM(neox_config(len(words), args.width, args.layers, args.length)).to(args.device)
-    loss = train(model, rows, args)
+    source = "Penn Treebank" if args.data is not None else "made sentences"
+    print(f"{source}: {rows.numel()} tokens, {len(words)} words", flush=True)
+    trained(model, rows, args)
     draw = torch.Generator().manual_seed(args.seed)
     candidates = rows[torch.randperm(len(rows), generator=draw)[: args.rows]]
     queries = others[torch.randperm(len(others), generator=draw)[: args.queries]]
-    source = "Penn Treebank" if args.data is not None else "made sentences"
-    print(f"{source}: {rows.numel()} tokens, {len(words)} words; loss of a token {loss:.3f} after {args.steps} steps")
     return Table(model, Sequences(queries), Sequences(candidates), args)
 
 
