@@ -115,6 +115,7 @@ from lightning_influence.projections import FactoredProjection, LoGra, Projectio
 from lightning_influence.report import ComponentImportance, component_importance
 from lightning_influence.selection import (
     BalancedRandom,
+    BlockGreedy,
     ComponentPairs,
     ComponentPath,
     ComponentSelection,
@@ -128,6 +129,7 @@ from lightning_influence.selection import (
     RoundRobin,
     Selection,
     SelectionRule,
+    StochasticGreedy,
     TokenBudget,
     TopK,
     aggregate,
@@ -236,6 +238,8 @@ __all__ = [  # noqa: RUF022  in the order in which data flows
     "TopK",
     "Random",
     "BalancedRandom",
+    "StochasticGreedy",
+    "BlockGreedy",
     "RoundRobin",
     "RedundancyFilter",
     "FacilityLocation",

@@ -8,6 +8,7 @@ from lightning_influence.selection.aggregate import (
 )
 from lightning_influence.selection.balanced_random import BalancedRandom
 from lightning_influence.selection.base import SelectionRule
+from lightning_influence.selection.block_greedy import BlockGreedy
 from lightning_influence.selection.budget import TokenBudget, check_budget, resolve_budget
 from lightning_influence.selection.certificate import certify
 from lightning_influence.selection.component_cross_validation import (
@@ -34,10 +35,12 @@ from lightning_influence.selection.refinement import refine
 from lightning_influence.selection.round_robin import RoundRobin
 from lightning_influence.selection.selection import Selection
 from lightning_influence.selection.sharded_greedy import select_sharded
+from lightning_influence.selection.stochastic_greedy import StochasticGreedy
 from lightning_influence.selection.top_k import TopK
 
 __all__ = [
     "BalancedRandom",
+    "BlockGreedy",
     "ComponentCrossValidation",
     "ComponentPairs",
     "ComponentPath",
@@ -54,6 +57,7 @@ __all__ = [
     "RoundRobin",
     "Selection",
     "SelectionRule",
+    "StochasticGreedy",
     "TokenBudget",
     "TopK",
     "aggregate",

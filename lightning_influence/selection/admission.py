@@ -110,16 +110,22 @@ class Admission:
         """Whether a row may be picked now."""
         return row == self._first[0] if self._first else bool(self._open[row])
 
-    def per_cost(self, gains: Tensor) -> Tensor:
-        """Gains [..., n], larger is better, per unit of cost; losses, which come after all gains, stay as they are.
+    def per_cost(self, gains: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Gains [..., n], or of some rows, larger is better, per unit of cost.
 
-        Otherwise the row that costs most would be preferred among those that do harm.
+        Losses, which come after all gains, stay as they are: otherwise the row that costs most would be preferred
+        among those that do harm.
         """
-        return gains if self.shares is None else torch.where(gains > 0, gains / self.shares, gains)
+        if self.shares is None:
+            return gains
+        shares = self.shares if rows is None else self.shares[rows]
+        return torch.where(gains > 0, gains / shares, gains)
 
-    def error_per_cost(self, errors: Tensor) -> Tensor:
-        """By how much `per_cost` may be off [n] where gains are off by ``errors`` [n]."""
-        return errors if self.shares is None else errors / self.shares
+    def error_per_cost(self, errors: Tensor, rows: Tensor | None = None) -> Tensor:
+        """By how much `per_cost` may be off where gains are off by ``errors`` [n], or those of some rows."""
+        if self.shares is None:
+            return errors
+        return errors / (self.shares if rows is None else self.shares[rows])
 
     def take(self, row: int, gain: float | None = None) -> bool:
         """Picks an open row, unless its gain is the reason to stop.

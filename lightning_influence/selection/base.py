@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from lightning_influence.capture.contexts import full_precision
 from lightning_influence.estimators.factors import Factors, Id
 from lightning_influence.selection.admission import Admission
 from lightning_influence.selection.budget import Budget, TokenBudget, resolve_budget
@@ -20,7 +21,7 @@ class SelectionRule(ABC):
 
     Laws: the picks are as many as the budget says and unique; inputs stay untouched; ties go to the smaller id, so
     that a permuted pool gives the same ids; the first picks of a larger budget are those of a smaller one, unless
-    `Constraints` or a budget in tokens look ahead.
+    `Constraints` or a budget in tokens look ahead, or the rule says that it looks at the budget (`StochasticGreedy`).
 
     Attributes:
         weighs_costs: Whether rows are compared by gains, which can be taken per cost.
@@ -28,6 +29,7 @@ class SelectionRule(ABC):
 
     weighs_costs: ClassVar[bool] = False
 
+    @full_precision()
     def select(
         self,
         values: Tensor,

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from lightning_influence.capture.contexts import full_precision
 from lightning_influence.estimators.factors import Factors, Id
 from lightning_influence.selection.base import check_pool
 from lightning_influence.selection.greedy_ties import ROUNDING
@@ -16,6 +17,7 @@ from lightning_influence.selection.selection import Selection
 _DENSE = 1024  # pools of so many rows: K is formed and its diagonal used to tighten the bound
 
 
+@full_precision()
 def certify(
     selection: Selection,
     values: Tensor,

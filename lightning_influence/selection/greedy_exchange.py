@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -12,8 +13,10 @@ class Exchange(ABC):
 
     Attributes:
         offset: Position of this rank's first row in the whole pool.
+        most_rows: Whose features it should be asked to bring together at a time.
     """
 
+    most_rows: ClassVar[int] = 1024
     offset: int
 
     @abstractmethod
@@ -28,6 +31,7 @@ class Exchange(ABC):
 class Alone(Exchange):
     """One process that holds the whole pool."""
 
+    most_rows: ClassVar[int] = 4096
     offset = 0
 
     def gather(self, rows: Tensor) -> Tensor:

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from lightning_influence.estimators.factors import Factors
-from lightning_influence.selection.greedy_exchange import Exchange
+from lightning_influence.selection.greedy_exchange import Alone, Exchange
 from lightning_influence.selection.greedy_ties import ROUNDING, metric_size, smallest
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Rows among which the next picks are guessed; float64 but for the keys.
+    """Rows among which the next picks are guessed; scores and errors in float64.
 
     Attributes:
-        features: [c, r].
+        features: [c, r], float64 or the dtype of the pool's.
         scores: Marginal scores [c] at the present U.
         errors: Rounding errors [c] of q − b.
         keys: The order [c] in which ties are resolved.
@@ -30,11 +30,11 @@ class Candidates:
 
     def best(self, count: int, exchange: Exchange) -> Candidates:
         """Those of all ranks, the ``count`` with the smallest scores if there are more; the same on every rank."""
+        if isinstance(exchange, Alone) and len(self.keys) <= count:  # a per cent of the features: not copied
+            return self
         features, scores, errors, keys = (
-            exchange.gather(part) for part in (self.features, self.scores, self.errors, self.keys)
+            exchange.gather(part) for part in (self.features.double(), self.scores, self.errors, self.keys)
         )
-        if len(scores) <= count:  # one process: the features, a few per cent of the pool's, are not copied
-            return Candidates(features, scores, errors, keys)
         chosen = scores.argsort(stable=True)[:count]
         return Candidates(features[chosen], scores[chosen], errors[chosen], keys[chosen])
 
@@ -66,7 +66,7 @@ def predict(pool: Factors, total: Tensor, candidates: Candidates, steps: int, ex
     steps = min(steps, len(candidates.keys))
     places, limits, floors = exchange.agree(_simulate(pool, total, candidates, steps))
     picks = places.long()
-    shifts = candidates.features[picks]
+    shifts = candidates.features[picks].double()
     directions = [pool.lift(total)]
     for shift in shifts:  # one after the other, as the plain loop does: sums in another order round differently
         total = total + shift
@@ -76,8 +76,9 @@ def predict(pool: Factors, total: Tensor, candidates: Candidates, steps: int, ex
 
 def _simulate(pool: Factors, total: Tensor, candidates: Candidates, steps: int) -> Tensor:
     """Places of the picks among the candidates and limits and floors of their scores [3, steps]."""
-    features, scores = candidates.features, candidates.scores
-    norms, size = features.norm(dim=1), metric_size(pool)
+    scores = candidates.scores
+    rows = Factors(scores, candidates.features, pool.metric, range(len(scores)))
+    norms, size = rows.norms(), metric_size(pool)
     reach = total.norm()  # with what is added, never below ‖U‖
     picks, ends = [], []
     for _ in range(steps):
@@ -86,7 +87,7 @@ def _simulate(pool: Factors, total: Tensor, candidates: Candidates, steps: int) 
         pick = smallest(scores, errors, candidates.keys)
         picks.append(pick)
         ends.append(torch.stack([(scores + errors).min(), scores[pick] - errors[pick]]))
-        scores = scores + features @ pool.lift(features[pick])
+        scores = scores + rows.products(pool.lift(candidates.features[pick]))
         scores[pick] = torch.inf
         reach = reach + norms[pick]
     places = torch.tensor(picks, dtype=torch.float64, device=scores.device)

@@ -17,8 +17,9 @@ from lightning_influence.selection.greedy_sweep import Sweep, sweep_dtype
 from lightning_influence.selection.greedy_ties import ROUNDING, magnitudes, metric_size, smallest
 
 _FIRST_STEPS, _MOST_STEPS = 8, 64  # picks predicted in a round
-_FEWEST_CANDIDATES, _MOST_CANDIDATES = 256, 1024  # rows among which the next picks are looked for
-_CANDIDATE_SHARE = 128  # one row in so many: a few per cent of the features, in float64
+_FEWEST_CANDIDATES = 256  # rows among which the next picks are looked for
+_CANDIDATE_SHARE = 64  # no more of them than one row in so many: one or two per cent of the features
+_EVALUATED_SHARE = 8  # nor, as prediction shall cost less than proof, than one in so many that had to be evaluated
 _BOUND_ROWS = 4096  # rows whose bounds are taken at a time
 
 
@@ -29,6 +30,21 @@ class Pick:
     position: int
     value: float
     score: float
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Rows that a sweep has evaluated.
+
+    Attributes:
+        rows: Their numbers [e].
+        steps: At which their scores were kept.
+        lowest: Lower ends [e, steps] of these scores, float64.
+    """
+
+    rows: Tensor
+    steps: list[int]
+    lowest: Tensor
 
 
 class GreedySearch:
@@ -61,7 +77,7 @@ class GreedySearch:
         assert pool.features is not None
         self._dtype = sweep_dtype(pool.features, float(self._bounds.norms.max()))
         self._total = pool.shift([])
-        self._steps = _FIRST_STEPS
+        self._steps, self._evaluated = _FIRST_STEPS, 0
         for start in range(0, len(pool), _BOUND_ROWS):
             rows = torch.arange(start, min(start + _BOUND_ROWS, len(pool)), device=keys.device)
             self._bounds.refresh(rows, self._alone[rows] - self._errors(rows), 0)
@@ -70,7 +86,9 @@ class GreedySearch:
         """The first ``budget`` picks, no more than there are rows in the whole pool."""
         while budget > 0:
             path = self._predict(min(self._steps, budget))
-            made = self._decide(path, self._sweep(path))
+            found, seen = self._sweep(path)
+            made = self._decide(path, found)
+            self._renew(path, seen, len(made))
             yield from made
             budget -= len(made)
             self._steps = min(_MOST_STEPS, max(2 * len(made), _FIRST_STEPS))
@@ -88,7 +106,9 @@ class GreedySearch:
         self._drop(~admission.open)
         while admission.more:
             path = self._predict(min(self._steps, admission.most - len(admission.picks)))
-            made = self._decide(path, self._sweep(path), admission)
+            found, seen = self._sweep(path)
+            made = self._decide(path, found, admission)
+            self._renew(path, seen, len(made))
             yield from (pick.position for pick in made)
             self._steps = min(_MOST_STEPS, max(2 * len(made), _FIRST_STEPS))
 
@@ -100,29 +120,46 @@ class GreedySearch:
         assert self._pool.features is not None
         direction = self._pool.lift(self._total)
         estimates = self._bounds.estimates(direction, _BOUND_ROWS)
-        count = min(max(len(self._pool) // _CANDIDATE_SHARE, _FEWEST_CANDIDATES), _MOST_CANDIDATES)
+        count = min(len(self._pool) // _CANDIDATE_SHARE, self._evaluated // _EVALUATED_SHARE)
+        count = min(max(count, _FEWEST_CANDIDATES), self._exchange.most_rows)
+        count = int(self._exchange.agree(self._keys.new_tensor(count)))
         rows = estimates.topk(min(count, len(estimates)), largest=False).indices
         rows = rows[self._alone[rows].isfinite()]
-        features = self._pool.features[rows].double()
-        scores = self._alone[rows] + features @ direction
+        features = self._pool.features[rows]
+        if count == _FEWEST_CANDIDATES:  # more are converted a block at a time, for the memory
+            features = features.double()
+        near = Factors(self._alone[rows], features, self._pool.metric, range(len(rows)))
+        scores = near.values + near.products(direction)
         candidates = Candidates(features, scores, self._errors(rows), self._keys[rows])
         return predict(self._pool, self._total, candidates.best(count, self._exchange), steps, self._exchange)
 
-    def _sweep(self, path: Path) -> Tensor:
-        """Rows [e, 6] that may win or tie: step, position, key, b, score, error; of all ranks."""
+    def _sweep(self, path: Path) -> tuple[Tensor, Seen]:
+        """Rows [e, 6] that may win or tie: step, position, key, b, score, error; of all ranks. And all evaluated."""
         bounds = self._bounds
-        line = bounds.add_reference(path.directions[-1])
         table = bounds.table(path.directions[:-1])
         blocks = range(0, len(self._pool), _BOUND_ROWS)
         alive = torch.cat([bounds.rows_below(table, path.limits, start, start + _BOUND_ROWS) for start in blocks])
+        self._evaluated = len(alive)
         sweep = Sweep(self._pool, path, self._alone, self._keys, self._dtype)
+        lowest = self._alone.new_empty(len(alive), len(sweep.kept_steps))
         for start in range(0, len(alive), sweep.rows_at_a_time):
-            rows = alive[start : start + sweep.rows_at_a_time]
-            lowest = sweep.evaluate(rows, bounds.upper_norms(rows), self._errors(rows))
-            bounds.refresh(rows, lowest, line)
+            part = slice(start, start + sweep.rows_at_a_time)
+            lowest[part] = sweep.evaluate(alive[part], bounds.upper_norms(alive[part]), self._errors(alive[part]))
         found = sweep.found()
         found[:, 1] += self._exchange.offset
-        return self._exchange.gather(found)
+        return self._exchange.gather(found), Seen(alive, sweep.kept_steps, lowest)
+
+    def _renew(self, path: Path, seen: Seen, made: int) -> None:
+        """Takes in the scores at the kept step nearest to where U is now, of those that all rows were seen at."""
+        place = min(
+            (place for place, step in enumerate(seen.steps) if made == len(path) or step < max(made, 1)),
+            key=lambda place: abs(seen.steps[place] - made),
+        )
+        line = self._bounds.add_reference(path.directions[seen.steps[place]])
+        for start in range(0, len(seen.rows), _BOUND_ROWS):
+            rows, lowest = seen.rows[start : start + _BOUND_ROWS], seen.lowest[start : start + _BOUND_ROWS, place]
+            left = self._alone[rows].isfinite()  # what was picked stays out
+            self._bounds.refresh(rows[left], lowest[left], line)
 
     def _decide(self, path: Path, found: Tensor, admission: Admission | None = None) -> list[Pick]:
         picks: list[Pick] = []

@@ -13,6 +13,7 @@ from lightning_influence.selection.greedy_ties import ROUNDING
 
 _ELEMENTS_ON_CPU, _ELEMENTS_ELSEWHERE = 2**19, 2**26  # of the features that are converted at a time
 _COLUMNS = 512  # products of so many terms are summed in one go: bounds the rounding error of float32
+_KEPT = 8  # steps at which the scores of all rows are kept, besides the end
 _ORDINARY = 1e12  # norms between 1 / this and this: sums of their products stay in the range of float32
 
 
@@ -45,9 +46,12 @@ class Sweep:
         self._relative = 1.01 * unit * (min(r, _COLUMNS) + math.ceil(r / _COLUMNS) + 4) * (self._sizes + 1e-20 * scale)
         elements = _ELEMENTS_ON_CPU if alone.device.type == "cpu" else _ELEMENTS_ELSEWHERE
         self.rows_at_a_time = max(1, elements // min(r, _COLUMNS))
+        self.kept_steps = [len(path), *range(0, self._steps, -(-self._steps // _KEPT))]
 
     def evaluate(self, rows: Tensor, norms: Tensor, errors: Tensor) -> Tensor:
-        """Lower ends [rows] of the scores after the last pick of the path, float64; what may win is kept.
+        """Lower ends of the scores before each of the `kept_steps` [rows, kept], float64; what may win is kept.
+
+        Those of steps that are no longer looked at are infinite.
 
         Args:
             rows: Increasing row numbers.
@@ -63,8 +67,12 @@ class Sweep:
         for start in range(0, len(near), size):
             part = near[start : start + size]
             self._keep(rows[part], tied[part, 1:])
-        at_the_end: Tensor = lowest[:, 0]
-        return at_the_end
+        kept: Tensor = lowest.new_full((len(rows), len(self.kept_steps)), torch.inf)
+        kept[:, 0] = lowest[:, 0]
+        for place, step in enumerate(self.kept_steps[1:], 1):
+            if step + 1 < lowest.shape[1]:
+                kept[:, place] = lowest[:, step + 1]
+        return kept
 
     def found(self) -> Tensor:
         """What may win or tie at each step, up to one that is known to be mispredicted, [e, 6], float64.

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
-
-from tqdm.auto import tqdm
+from typing import Literal
 
 from lightning_influence.estimators.factors import Factors
 from lightning_influence.selection.admission import Admission
-from lightning_influence.selection.base import SelectionRule
 from lightning_influence.selection.greedy_plain import plain_fill
+from lightning_influence.selection.greedy_rule import GreedyRule
 from lightning_influence.selection.greedy_search import GreedySearch
-
-_DELAY = 5.0  # seconds before a progress bar is shown
 
 
 @dataclass(frozen=True, repr=False)
-class InteractionGreedy(SelectionRule):
+class InteractionGreedy(GreedyRule):
     """Adds, k times, the row that lowers the predicted target loss most, given the rows already chosen.
 
     Algorithm 1 of [IA] section 3.2 with its marginal score (eq. 12)
@@ -48,8 +44,6 @@ class InteractionGreedy(SelectionRule):
         ValueError: If the method is neither; from `select`, if there are no features.
     """
 
-    weighs_costs: ClassVar[bool] = True
-
     method: Literal["pruned", "plain"] = "pruned"
 
     def __post_init__(self) -> None:
@@ -59,19 +53,7 @@ class InteractionGreedy(SelectionRule):
     def __repr__(self) -> str:
         return f"InteractionGreedy({'' if self.method == 'pruned' else f'method={self.method!r}'})"
 
-    def _pick(self, pool: Factors, budget: int) -> Sequence[int]:
-        admission = Admission.of_rows(pool, budget)
-        self._fill(pool, admission)
-        return admission.picks
-
-    def _fill(self, pool: Factors, admission: Admission) -> None:
-        if pool.features is None:
-            raise ValueError(
-                f"`{self!r}.select(features=None)`: expected features [n, r] with the interactions K = F M Fᵀ. "
-                "Use `TopK()` to select by the values alone."
-            )
-        pruned = self.method == "pruned" and admission.shares is None
-        picks = GreedySearch(pool, pool.id_ranks).fill(admission) if pruned else plain_fill(pool, admission)
-        with tqdm(total=admission.most, desc="InteractionGreedy", unit="row", delay=_DELAY, leave=False) as bar:
-            for _ in picks:
-                bar.update()
+    def _taken(self, pool: Factors, admission: Admission) -> Iterator[int]:
+        if self.method == "plain" or admission.shares is not None:
+            return plain_fill(pool, admission)
+        return GreedySearch(pool, pool.id_ranks).fill(admission)

@@ -20,6 +20,7 @@ from lightning_influence.selection.aggregate import Reduce, Weights
 from lightning_influence.selection.base import SelectionRule
 from lightning_influence.selection.budget import Budget, TokenBudget, resolve_budget
 from lightning_influence.selection.constraints import Constraints
+from lightning_influence.selection.greedy_rule import GreedyRule
 from lightning_influence.selection.interaction_greedy import InteractionGreedy
 from lightning_influence.selection.named_targets import NamedTargets
 from lightning_influence.selection.newton_greedy import NewtonGreedy
@@ -151,7 +152,7 @@ def resolve_weight(interactions: Interactions, rule: SelectionRule, budget: int,
     """The number that a weight stands for, with a budget of so many rows."""
     sizes = {"1/n": 1 / len(interactions), "1/k": 1 / budget}
     if weight == "saturate":
-        return _saturating(interactions, rule, budget) if isinstance(rule, InteractionGreedy) else sizes["1/k"]
+        return _saturating(interactions, rule, budget) if isinstance(rule, GreedyRule) else sizes["1/k"]
     return sizes[weight] if isinstance(weight, str) else float(weight)
 
 

@@ -7,12 +7,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from lightning_influence.capture.contexts import full_precision
 from lightning_influence.estimators.factors import Factors, Id
 from lightning_influence.selection.base import check_pool, selection_of
 from lightning_influence.selection.greedy_ties import ROUNDING, magnitudes, metric_size
 from lightning_influence.selection.selection import Selection
 
 
+@full_precision()
 def refine(
     selection: Selection,
     values: Tensor,

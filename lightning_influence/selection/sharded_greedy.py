@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_influence.capture.contexts import full_precision
 from lightning_influence.estimators.factors import Factors, Id
 from lightning_influence.selection.budget import resolve_budget
 from lightning_influence.selection.greedy_exchange import Exchange
@@ -51,6 +52,7 @@ class Ranks(Exchange):
         return decision
 
 
+@full_precision()
 def select_sharded(
     values: Tensor,
     features: Tensor,

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from lightning_influence.selection import (
     BalancedRandom,
+    BlockGreedy,
     Constraints,
     FacilityLocation,
     InteractionGreedy,
@@ -22,6 +23,7 @@ from lightning_influence.selection import (
     RoundRobin,
     Selection,
     SelectionRule,
+    StochasticGreedy,
     TokenBudget,
     TopK,
 )
@@ -34,6 +36,8 @@ RULES = [
     TopK(),
     InteractionGreedy(),
     InteractionGreedy("plain"),
+    StochasticGreedy(0.5),
+    BlockGreedy(2),
     NewtonGreedy(),
     Random(seed=3),
     RedundancyFilter(1),
@@ -102,7 +106,7 @@ def test_gains_are_those_of_the_group(rule: SelectionRule, pool: Pool, data: st.
     assert selection.gains.dtype == torch.float64
 
 
-@every_rule
+@pytest.mark.parametrize("rule", [rule for rule in RULES if not isinstance(rule, StochasticGreedy)], ids=repr)
 @given(pool=pools())
 def test_prefix(rule: SelectionRule, pool: Pool) -> None:
     whole = choose(rule, pool, 1.0)

@@ -27,10 +27,13 @@ def test_winners_are_kept_and_lower_ends_hold(
     path = predict(factors, factors.shift([]), some, 6, Alone())
     sweep = Sweep(factors, path, alone, keys, sweep_dtype(pool.features, 1.0))
     lowest = torch.cat([sweep.evaluate(part, factors.norms()[part], errors[part]) for part in rows.split(20)])
-    after = alone + pool.features.double() @ path.directions[-1]
-    assert (lowest <= after).all()
-    torch.testing.assert_close(lowest, after, atol=1e-2, rtol=1e-4)
     found = sweep.found()
+    assert sweep.kept_steps == [6, 0, 1, 2, 3, 4, 5]
+    for place, step in enumerate(sweep.kept_steps):
+        if place == 0 or step in found[:, 0]:
+            truth = alone + pool.features.double() @ path.directions[step]
+            assert (lowest[:, place] <= truth).all()
+            torch.testing.assert_close(lowest[:, place], truth, atol=1e-2, rtol=1e-4)
     for step in found[:, 0].unique().int().tolist():
         scores = alone + pool.features.double() @ path.directions[step]
         scores[path.keys[:step]] = torch.inf

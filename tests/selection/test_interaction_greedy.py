@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 
 from lightning_influence.estimators import factors
-from lightning_influence.selection import Constraints, InteractionGreedy, TokenBudget, TopK, interaction_greedy
+from lightning_influence.selection import Constraints, InteractionGreedy, TokenBudget, TopK, greedy_rule
 from tests import oracles
 from tests.selection.cases import Pool, clustered_pool, pools
 
@@ -90,7 +90,7 @@ def test_without_features() -> None:
 def test_a_bar_only_when_long(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     greedy(clustered_pool(30), 5)
     assert capfd.readouterr() == ("", "")
-    monkeypatch.setattr(interaction_greedy, "_DELAY", 0)
+    monkeypatch.setattr(greedy_rule, "_DELAY", 0)
     greedy(clustered_pool(30), 5)
     assert "InteractionGreedy" in capfd.readouterr().err
 

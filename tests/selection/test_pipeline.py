@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import EKFAC, KFAC, Exact, Identity, InfluenceFunction, Interactions, UnsupportedLayerError
 from lightning_influence.capture import FunctionLoss
-from lightning_influence.selection import InteractionGreedy, NewtonGreedy, NewtonPool, Random, TopK
+from lightning_influence.selection import BlockGreedy, InteractionGreedy, NewtonGreedy, NewtonPool, Random, TopK
 from lightning_influence.selection.pipeline import choose, select_training_data
 from lightning_influence.selection.saturation import saturating_weight
 from tests.curvature.models import Tokens, ready, texts
@@ -97,7 +97,7 @@ def test_it_is_the_pieces_put_together(model: nn.Linear, target_curvature: Any, 
     assert (found.positions, found.budget, found.pool_size) == (found.ids, 12, 120)
 
 
-@pytest.mark.parametrize("rule", [InteractionGreedy(), TopK(), Random(3)])
+@pytest.mark.parametrize("rule", [InteractionGreedy(), BlockGreedy(2), TopK(), Random(3)])
 @pytest.mark.parametrize("weight", ["saturate", "1/n", "1/k", 0.02, 1])
 def test_every_rule_at_every_weight(model: nn.Linear, rule: Any, weight: Any) -> None:
     selection = selected(model, 0.1, rule=rule, weight=weight)
@@ -106,7 +106,9 @@ def test_every_rule_at_every_weight(model: nn.Linear, rule: Any, weight: Any) ->
     interactions = Interactions.from_scores(InfluenceFunction(model, normalise=True).fit(POOL).score(TARGETS, POOL), 1)
     numbers = {"1/n": 1 / 120, "1/k": 1 / 12}
     if weight == "saturate":
-        number = saturating_weight(interactions, rule, 12) if isinstance(rule, InteractionGreedy) else 1 / 12
+        number = (
+            saturating_weight(interactions, rule, 12) if isinstance(rule, InteractionGreedy | BlockGreedy) else 1 / 12
+        )
     else:
         number = numbers.get(weight, weight)
     assert selection.weight == pytest.approx(number)
