@@ -18,7 +18,7 @@ from lightning_influence.selection.greedy_ties import ROUNDING, magnitudes, metr
 
 _FIRST_STEPS, _MOST_STEPS = 8, 64  # picks predicted in a round
 _FEWEST_CANDIDATES = 256  # rows among which the next picks are looked for
-_CANDIDATE_SHARE = 64  # no more of them than one row in so many: one or two per cent of the features
+_CANDIDATE_SHARE = 96  # no more of them than one row in so many: about one per cent of the features
 _EVALUATED_SHARE = 8  # nor, as prediction shall cost less than proof, than one in so many that had to be evaluated
 _BOUND_ROWS = 4096  # rows whose bounds are taken at a time
 
@@ -85,13 +85,9 @@ class GreedySearch:
     def picks(self, budget: int) -> Iterator[Pick]:
         """The first ``budget`` picks, no more than there are rows in the whole pool."""
         while budget > 0:
-            path = self._predict(min(self._steps, budget))
-            found, seen = self._sweep(path)
-            made = self._decide(path, found)
-            self._renew(path, seen, len(made))
+            made = self._round(budget)
             yield from made
             budget -= len(made)
-            self._steps = min(_MOST_STEPS, max(2 * len(made), _FIRST_STEPS))
 
     def fill(self, admission: Admission) -> Iterator[int]:
         """Takes rows of an admission and gives out their numbers; for a process that holds the whole pool.
@@ -105,12 +101,17 @@ class GreedySearch:
             yield row
         self._drop(~admission.open)
         while admission.more:
-            path = self._predict(min(self._steps, admission.most - len(admission.picks)))
-            found, seen = self._sweep(path)
-            made = self._decide(path, found, admission)
-            self._renew(path, seen, len(made))
+            made = self._round(admission.most - len(admission.picks), admission)
             yield from (pick.position for pick in made)
-            self._steps = min(_MOST_STEPS, max(2 * len(made), _FIRST_STEPS))
+
+    def _round(self, most: int, admission: Admission | None = None) -> list[Pick]:
+        """The next picks, at least one unless the admission stops, and no more than ``most``."""
+        path = self._predict(min(self._steps, most))
+        found, seen = self._sweep(path)
+        made = self._decide(path, found, admission)
+        self._renew(path, seen, len(made))
+        self._steps = min(_MOST_STEPS, max(2 * len(made), _FIRST_STEPS))
+        return made
 
     def _errors(self, rows: Tensor) -> Tensor:
         """Rounding errors [rows] of q − b."""
