@@ -58,7 +58,8 @@ def test_interaction_aware_greedy_within_the_constraints(problem: Problem) -> No
         before, after = (oracles.addition_objective(problem.pool.values, table, p) for p in (picks, [*picks, row]))
         return problem.per_cost(after - before, row)
 
-    check(problem, InteractionGreedy(), score)
+    for method in ("pruned", "plain", "auto"):
+        check(problem, InteractionGreedy(method), score)
 
 
 @given(problem=problems())

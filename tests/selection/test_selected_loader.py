@@ -26,6 +26,7 @@ def start(worker):
     """A worker_init_fn."""
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine with one processor
 def test_everything_the_user_set_is_kept():
     generator = torch.Generator()
     settings = {
