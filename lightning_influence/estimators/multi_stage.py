@@ -167,10 +167,11 @@ class MultiStageInfluence(Estimator):
 
     def transform(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``(G_pt + λ_pt)^{-1} (G_ft + λ_ft)^{-1} g_x`` by the names of the pre-trained model."""
-        unfitted = [type(c).__name__ for c in (self.curvature, self.finetuned_curvature) if not c.fitted]
+        stages = (("pre-trained", self.curvature), ("fine-tuned", self.finetuned_curvature))
+        unfitted = [f"{type(c).__name__} of the {which} model" for which, c in stages if not c.fitted]
         if unfitted:
             raise NotFittedError(
-                f"`MultiStageInfluence.score`: {' and '.join(unfitted)} is not fitted. Call fit(pretraining, "
+                f"`MultiStageInfluence.score`: not fitted yet: {' and '.join(unfitted)}. Call fit(pretraining, "
                 "finetuning) first, or read recorded factors with MultiStageInfluence.from_stores(...)."
             )
         solved = {}

@@ -221,7 +221,9 @@ def test_wrong_curvatures() -> None:
     one = EKFAC()
     with pytest.raises(ValueError, match="expected two objects, one for each model"):
         MultiStageInfluence(*pair(), one, one)
-    with pytest.raises(NotFittedError, match=r"EKFAC and KFAC is not fitted. Call fit\(pretraining, finetuning\)"):
+    with pytest.raises(
+        NotFittedError, match=r"EKFAC of the pre-trained model and KFAC of the fine-tuned model. Call fit\("
+    ):
         MultiStageInfluence(*pair(), EKFAC(), KFAC()).score(QUERIES, PRETRAINING)
     model, tuned = pair()
     part = EKFAC().fit(model, PRETRAINING, components=["up"])
