@@ -202,7 +202,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--queries", type=int, default=10)
     parser.add_argument("--rows", type=int, default=500, help="candidates")
-    parser.add_argument("--curvature-rows", type=int, help="of the candidates, that the curvature is of; default 64")
+    parser.add_argument("--curvature-rows", type=int, help="of the candidates, that the curvature is of; default 32")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=8000)
@@ -212,14 +212,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=1e-3, help="first learning rate of the training")
     parser.add_argument("--weights", type=Path, help="file for the trained weights, read where it exists")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--damping-share", type=float, default=1.0, help="of the mean eigenvalue")
+    parser.add_argument("--damping-share", type=float, default=100.0, help="of the mean eigenvalue")
     parser.add_argument(
         "--tolerance", type=float, default=1e-2, help="of the residuals, over the length of the gradient"
     )
-    parser.add_argument("--max-steps", type=int, default=100, help="of CG")
-    parser.add_argument("--patience", type=int, default=25, help="steps of LiSSA")
-    parser.add_argument("--few", type=int, default=5, help="steps of preconditioned CG")
-    parser.add_argument("--rank", type=int, default=16, help="eigenpairs of Arnoldi, in a space of three times that")
+    parser.add_argument("--max-steps", type=int, default=60, help="of CG")
+    parser.add_argument("--patience", type=int, default=20, help="steps of LiSSA")
+    parser.add_argument("--few", type=int, default=10, help="steps of preconditioned CG")
+    parser.add_argument("--rank", type=int, default=8, help="eigenpairs of Arnoldi, in a space of three times that")
     parser.add_argument("--seed", type=int, default=0)
     return _checked(parser, parser.parse_args(arguments))
 
@@ -229,8 +229,9 @@ def _checked(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argpa
         args.data, args.sentences, args.vocabulary, args.length = None, 600, 200, 12
         args.width, args.layers, args.steps, args.batch = 16, 2, 150, 16
         args.queries, args.rows, args.max_steps, args.few, args.rank, args.patience = 4, 48, 100, 5, 6, 25
+        args.damping_share = 1.0
     if args.curvature_rows is None:
-        args.curvature_rows = min(64, args.rows)
+        args.curvature_rows = min(32, args.rows)
     if args.data is not None and not (args.data / "ptb").is_dir():
         parser.error(f"expected --data to be a folder with ptb/ptb.train.txt, {args.data} has no ptb")
     if min(args.queries, args.steps, args.few, args.rank, args.max_steps, args.patience) < 1:
