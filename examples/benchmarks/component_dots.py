@@ -1,6 +1,6 @@
 """Inner products of every component's gradients for queries and their candidates, against bare passes and two rivals.
 
-    python examples/benchmarks/component_dots.py [--quick] [--queries 40] [--pairs FILE] [--budget 4e9]
+    python examples/benchmarks/component_dots.py [--quick] [--queries 40] [--pairs FILE] [--budget 8e9]
 
 SmolLM2-135M's shape (211 components, tied embedding), queries with 5 candidates each. Without a file: random weights
 and sequences of random tokens, the second half of each supervised, candidates next to the query's own source. With
@@ -288,7 +288,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pairs", type=Path, help="jsonl of real pairs, with the real model")
     parser.add_argument("--longest", type=int, default=250, help="tokens; longer pairs of the file are left out")
     parser.add_argument("--cache", type=Path, default=Path("runs/models"), help="weights of the real model")
-    parser.add_argument("--budget", type=float, default=4e9, help="bytes of gradients that are kept")
+    parser.add_argument("--budget", type=float, default=8e9, help="bytes of gradients that are kept")
     parser.add_argument("--positions", type=int, default=1024, help="of a batch, padding included")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rivals", type=int, default=4, help="queries that the rivals are timed on; 0 for none")
