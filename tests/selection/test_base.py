@@ -35,6 +35,7 @@ BY_ID = [BalancedRandom(lambda name: len(str(name))), RoundRobin(torch.ones(2, 3
 RULES = [
     TopK(),
     InteractionGreedy(),
+    InteractionGreedy("pruned"),
     InteractionGreedy("plain"),
     StochasticGreedy(0.5),
     BlockGreedy(2),

@@ -9,7 +9,13 @@ from lightning_influence.selection.admission import Admission
 from lightning_influence.selection.greedy_rule import GreedyRule, Marginals
 from tests.selection.cases import clustered_pool
 
-RULES = [InteractionGreedy(), InteractionGreedy("plain"), StochasticGreedy(0.5), BlockGreedy(3)]
+RULES = [
+    InteractionGreedy("pruned"),
+    InteractionGreedy(),
+    InteractionGreedy("plain"),
+    StochasticGreedy(0.5),
+    BlockGreedy(3),
+]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=repr)
@@ -31,6 +37,33 @@ def test_autocast_changes_neither_certificate_nor_refinement() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert certify(selection, pool.values, pool.features, ids=pool.ids).to_dict() == expected.to_dict()
         assert refine(selection, pool.values, pool.features, ids=pool.ids).to_dict() == refined.to_dict()
+
+
+@pytest.mark.parametrize("call", ["select", "certify", "refine"])
+def test_nothing_is_computed_under_the_autocast_of_the_caller(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small pools may come out right by luck: what counts is that the rounding bounds hold, which bfloat16 breaks."""
+    pool = clustered_pool(60, 5, torch.float32)
+    rule = InteractionGreedy("pruned")
+    selection = rule.select(pool.values, pool.features, budget=10, ids=pool.ids)
+    seen: list[bool] = []
+    original = Factors.products
+
+    def products(self: Factors, directions: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return original(self, directions)
+
+    blocks = Factors.blocks
+    monkeypatch.setattr(Factors, "products", products)
+    monkeypatch.setattr(Factors, "blocks", lambda *a: (seen.append(torch.is_autocast_enabled("cpu")), blocks(*a))[1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        {
+            "select": lambda: rule.select(pool.values, pool.features, budget=10, ids=pool.ids),
+            "certify": lambda: certify(selection, pool.values, pool.features, ids=pool.ids),
+            "refine": lambda: refine(selection, pool.values, pool.features, ids=pool.ids),
+        }[call]()
+        assert torch.is_autocast_enabled("cpu")
+    assert seen
+    assert not any(seen)
 
 
 def test_marginal_scores_are_those_of_the_group() -> None:
