@@ -103,7 +103,8 @@ class Admission:
     @property
     def short(self) -> bool:
         """Whether stopping now would break a minimum, or leave a budget of rows unfilled."""
-        unfilled = self._by_rows and self._room > 0 and not self._stopped
+        full = self._stopped or (self._stops and self._count == 0)  # a budget that may stop is an upper limit
+        unfilled = self._by_rows and self._room > 0 and not full
         return bool(self._first) or unfilled or bool(self._missing.any())
 
     def is_open(self, row: int) -> bool:

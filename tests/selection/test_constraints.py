@@ -141,7 +141,10 @@ def test_a_permuted_pool_gives_the_same_ids(problem: Problem, data: st.DataObjec
         problem.pool = whole
 
 
-@given(problem=problems(), rule=st.sampled_from([TopK(), InteractionGreedy(), FacilityLocation()]))
+@given(
+    problem=problems(),
+    rule=st.sampled_from([TopK(), InteractionGreedy(), InteractionGreedy("pruned"), FacilityLocation()]),
+)
 def test_prefix_without_minimums_and_tokens(problem: Problem, rule: SelectionRule) -> None:
     problem.in_tokens, problem.low = False, None
     found: tuple[int, ...] = ()
@@ -163,7 +166,9 @@ def test_minimums_and_budgets_in_tokens_look_ahead_to_the_end() -> None:
     assert TopK().select(values, budget=TokenBudget(6, counts=counts)).ids == (0,)
 
 
-@given(problem=problems(), rule=st.sampled_from([TopK(), InteractionGreedy(), NewtonGreedy()]))
+@given(
+    problem=problems(), rule=st.sampled_from([TopK(), InteractionGreedy(), InteractionGreedy("pruned"), NewtonGreedy()])
+)
 def test_it_stops_when_the_gain_turns_negative(problem: Problem, rule: SelectionRule) -> None:
     """Without minimums and tokens: the picks up to the first that raises the loss, which no budget changes."""
     problem.in_tokens, problem.low, problem.high, n = False, None, None, len(problem.candidates())
@@ -179,6 +184,14 @@ def test_it_stops_when_the_gain_turns_negative(problem: Problem, rule: Selection
     length = len(problem.first) + harmful[0] if harmful else n
     assert found.ids == whole.ids[:length]
     assert len(found) == found.budget == length
+
+
+def test_a_budget_beyond_the_rows_that_are_allowed_is_a_limit_where_it_may_stop() -> None:
+    """Equal rows leave one of two, which does no harm, so that nothing stops before the rows run out."""
+    stops = Constraints(duplicates="first", stop_if_negative_gain=True)
+    for rule in (TopK(), InteractionGreedy("plain"), InteractionGreedy("pruned"), NewtonGreedy()):
+        found = rule.select(torch.zeros(2), torch.zeros(2, 1), budget=1.0, constraints=stops)
+        assert (found.ids, found.budget) == ((0,), 1)
 
 
 def test_nothing_that_helps_is_an_empty_selection() -> None:

@@ -76,7 +76,8 @@ def test_late_picks_that_raise_the_loss_are_made_and_shown() -> None:
 def test_a_large_value_elsewhere_does_not_blur_small_differences() -> None:
     values = torch.tensor([1.0, 1.0 + 1e-9, 1e12, -1e12], dtype=torch.float64)
     features = torch.eye(4, dtype=torch.float64)
-    assert InteractionGreedy().select(values, features, budget=4).ids == (2, 1, 0, 3)
+    for method in ("plain", "pruned"):
+        assert InteractionGreedy(method).select(values, features, budget=4).ids == (2, 1, 0, 3)
 
 
 def test_without_features() -> None:
