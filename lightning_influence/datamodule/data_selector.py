@@ -4,33 +4,30 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
-from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from lightning_influence.capture.data_fingerprint import data_fingerprint
 from lightning_influence.capture.guard import unchanged
 from lightning_influence.capture.losses import Batch, ExampleLoss
 from lightning_influence.curvature import Curvature
 from lightning_influence.datamodule.chosen import Chosen, checked_weights, plain_positions
-from lightning_influence.datamodule.pool import check_size, checked_budget, checked_pool
+from lightning_influence.datamodule.pool import checked_budget
 from lightning_influence.datamodule.recorded_curvature import recorded_curvature
 from lightning_influence.datamodule.reselection import Reselection
+from lightning_influence.datamodule.served_rows import ServedRows
 from lightning_influence.datamodule.target_data import checked_targets, target_data
 from lightning_influence.datamodule.warm_up import WarmUp
-from lightning_influence.datamodule.wrapper import DataModuleWrapper, PlainData, is_datamodule, overrides
+from lightning_influence.datamodule.wrapper import PlainData, is_datamodule
 from lightning_influence.selection import Constraints, Random, Selection
 from lightning_influence.selection.aggregate import Reduce
 from lightning_influence.selection.budget import Budget
 from lightning_influence.selection.pipeline import Leaks, Rule, TargetCurvature, Weight, select_training_data
-from lightning_influence.selection.selected_loader import selected_loader, subset
 
 
-class DataSelector(DataModuleWrapper):
+class DataSelector(ServedRows):
     """Wraps training data, chooses among it once a warm-up model is there, and then serves what was chosen.
 
     Between two fits the choice is made, explicitly::
@@ -120,9 +117,11 @@ class DataSelector(DataModuleWrapper):
         settings = {"batch_size": batch_size, "collate_fn": collate_fn, "num_workers": num_workers}
         if val is not None and is_datamodule(data):
             raise ValueError("`DataSelector(val=...)`: the datamodule has its own validation data; leave `val` out.")
-        super().__init__(data if is_datamodule(data) else PlainData(data, val, settings))
+        inner = data if is_datamodule(data) else PlainData(data, val, settings)
+        budget = checked_budget("DataSelector", budget)
+        part = None if warmup is None else WarmUp(warmup, seed)
+        super().__init__(inner, budget, part, loader_fn, is_set_up=inner is not data)
         self._targets = None if targets is None else checked_targets(targets)
-        self._budget = checked_budget("DataSelector", budget)
         self._options: dict[str, Any] = {
             "constraints": constraints,
             "leaks": leaks,
@@ -136,38 +135,14 @@ class DataSelector(DataModuleWrapper):
             "target_curvature": target_curvature,
             "normalise": normalise,
         }
-        self._loader_fn = loader_fn
-        self._file: str | None = None
-        self._chosen: Chosen | None = None
         self._seed = Random(seed).seed
         self._weights = checked_weights(weights)
-        self._warmup = None if warmup is None else WarmUp(warmup, seed)
         every = reselect_every_n_epochs
         self._reselection = None if every is None else Reselection(every, self._budget, curvature)
-        self._is_set_up = self._inner is not data
-        if self._is_set_up:
-            check_size(self._inner.train_dataloader(), self._budget, self._warmup)
         if isinstance(selection, str | os.PathLike):
             self._file = os.fspath(selection)
         elif selection is not None:
             self.select(ids=selection)
-
-    # -- choosing
-
-    @property
-    def selection(self) -> Selection | None:
-        """The selection with its gains; None before there is one, or when only positions were given."""
-        return None if self._chosen is None else self._chosen.selection
-
-    @property
-    def selected_ids(self) -> list[int] | None:
-        """Positions that are served, in the order of the pool; None while the whole pool is."""
-        return None if self._chosen is None else self._chosen.ids
-
-    @property
-    def warmup_ids(self) -> list[int] | None:
-        """Positions of the random part that is served before there is a selection; None until a fit has seen it."""
-        return None if self._warmup is None or self._warmup.rows is None else self._warmup.rows.ids
 
     @overload
     def select(
@@ -254,69 +229,6 @@ class DataSelector(DataModuleWrapper):
         self._serve(chosen if self._weights is None else chosen.weighed(self._weights))
         return selection
 
-    def use(self, selection: Selection) -> Selection:
-        """Serve a selection that was made elsewhere from the same pool; its ids are positions.
-
-        Raises:
-            ValueError: If its ids are names.
-        """
-        self._serve(Chosen.of(selection))
-        return selection
-
-    def weigh(self, weights: Mapping[int, float] | Literal["gains"] | None) -> None:
-        """Serve the selected rows in proportion to weights, as many draws with replacement an epoch as there are rows.
-
-        Batches and ``training_step`` stay as they are: a row of twice the weight comes twice as often. Kept by `save`
-        and in checkpoints; the next selection has none of it.
-
-        Args:
-            weights: Of every selected position; or ``"gains"`` for how much each pick is predicted to lower the target
-                loss, so that those predicted to raise it are not drawn; or None to serve each row once again.
-
-        Raises:
-            ValueError: If nothing is selected, or weights do not fit.
-        """
-        if self._chosen is None:
-            raise ValueError("`DataSelector.weigh()`: nothing has been selected; call select first.")
-        self._chosen = self._chosen.weighed(weights)
-
-    def clear(self) -> None:
-        """Serve again what was served before there was a selection: the whole pool, or the warm-up's part of it."""
-        self._chosen, self._file = None, None
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the selection as JSON, for ``DataSelector(selection=path)`` in another process.
-
-        Raises:
-            ValueError: If nothing has been selected.
-        """
-        if self._chosen is None:
-            raise ValueError("`DataSelector.save()`: nothing has been selected; call select first.")
-        if self._chosen.fingerprint is None:
-            self._chosen = self._chosen.found_in(self.pool_dataloader().dataset)
-        return self._chosen.write(path)
-
-    def load(self, path: str | os.PathLike[str]) -> Selection | None:
-        """Serve a selection written by `save`; that the pool is the same is checked when it is served."""
-        self._serve(Chosen.read(path))
-        return self.selection
-
-    def pool_dataloader(self) -> DataLoader[Any]:
-        """The loader of the whole pool, as the user made it; sets the data up if no fit has done so yet.
-
-        Raises:
-            ValueError: If the training data is not one DataLoader over a map-style dataset.
-        """
-        if not self._is_set_up:
-            self._inner.prepare_data()
-            self.setup("fit")
-        return checked_pool(self._inner.train_dataloader())
-
-    def _serve(self, chosen: Chosen) -> None:
-        self._chosen, self._file = chosen, None
-
-    # -- serving
-
     def train_dataloader(self) -> Any:
         """The pool's loader as it is, or one like it over the rows that the fit shall see now."""
         if self._reselection is not None:
@@ -324,73 +236,26 @@ class DataSelector(DataModuleWrapper):
         if self._reselection is not None and self._reselection.is_due(self._trainer):
             self.select(self._trainer.lightning_module, seed=self._seed, progress=False)
             self._reselection.epoch = self._trainer.current_epoch
-        if self._chosen is None and self._warmup is None:
-            whole = self._inner.train_dataloader()
-            check_size(whole, self._budget, self._warmup)
-            return whole
-        loader = self.pool_dataloader()
-        served = self._served(loader)
-        positions, weights = served.ids, served.weights_of_ids
-        if self._trainer is not None and self._trainer.world_size > 1:  # ranks may have computed ties differently
-            positions, weights = self._trainer.strategy.broadcast((positions, weights))
-        if self._loader_fn is None:
-            return selected_loader(loader, positions, weights)
-        if weights is not None:
-            raise ValueError("`DataSelector(loader_fn=...)` makes the loader itself: leave it or the weights out.")
-        return self._loader_fn(subset(loader.dataset, positions))
-
-    def _served(self, loader: DataLoader[Any]) -> Chosen:
-        """The selection, or before there is one the warm-up's part."""
-        if self._chosen is not None:
-            self._chosen = self._chosen.found_in(loader.dataset)
-            return self._chosen
-        assert self._warmup is not None
-        check_size(loader, self._budget, self._warmup)
-        return self._warmup.of(loader.dataset)
+        return super().train_dataloader()
 
     def setup(self, stage: str) -> None:
         """Set the data up, and read the selection file before a fit."""
         super().setup(stage)
-        self._is_set_up = True
-        if stage != "fit":
-            return
-        if self._reselection is not None:
+        if stage == "fit" and self._reselection is not None:
             self._reselection.begin(self._trainer)
             target_data(self._targets, self.pool_dataloader(), self._inner)
-        if self._file is not None:
-            self.load(self._file)
-
-    def teardown(self, stage: str) -> None:
-        """Tear the data down."""
-        super().teardown(stage)
-        self._is_set_up = not overrides(self._inner, "teardown")
 
     def state_dict(self) -> dict[str, Any]:
         """Selection, warm-up part and the wrapped datamodule's state, the former two as plain JSON."""
-        rows = {"selection": self._chosen, "warmup": None if self._warmup is None else self._warmup.rows}
-        reselected = None if self._reselection is None else self._reselection.epoch
-        plain = {name: None if chosen is None else chosen.to_dict() for name, chosen in rows.items()}
-        return {"version": 1, **plain, "reselected": reselected, **super().state_dict()}
+        return {**super().state_dict(), "reselected": None if self._reselection is None else self._reselection.epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore them; a selection that was made since wins over the one in the checkpoint.
 
         Not so if that was made in the fit which is being resumed.
         """
-        super().load_state_dict(state_dict)
-        warm_up = state_dict.get("warmup")
-        if warm_up is not None and self._warmup is not None:
-            self._warmup.rows = Chosen.from_dict(warm_up)
-        if state_dict["selection"] is None:
-            return
-        chosen, reselected = Chosen.from_dict(state_dict["selection"]), state_dict.get("reselected")
-        if self._reselection is not None and reselected is not None:
+        reselected = state_dict.get("reselected")
+        if self._reselection is not None and reselected is not None and state_dict["selection"] is not None:
             self._reselection.epoch = reselected
-            self._serve(chosen)
-        elif self._chosen is None:
-            self._serve(chosen)
-        elif chosen.ids != self._chosen.ids:
-            rank_zero_warn(
-                "DataSelector: the checkpoint was trained on another selection than the one made since; the new one "
-                "is served. Call `clear()` before the fit to take the one in the checkpoint."
-            )
+            self.clear()  # what was chosen before this fit has been replaced in it
+        super().load_state_dict(state_dict)

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import nn
 
-from lightning_influence.capture import Component, ExampleLoader, GradientCapture, LayerRecord
-from lightning_influence.capture.batches import to_device
+from lightning_influence.capture import Component, ExampleLoader, GradientCapture
 from lightning_influence.capture.component import Select
 from lightning_influence.curvature.base import loss_for
-from lightning_influence.estimators.low_rank import Operand, check_rank, contract, gathered, low_rank, rank_note
-from lightning_influence.estimators.queries import Aggregate, asked, check_asked, row_ids, sampled_losses
+from lightning_influence.estimators.low_rank import check_rank, rank_note
+from lightning_influence.estimators.passes import Passes
+from lightning_influence.estimators.queries import Aggregate, asked, check_asked, row_ids
 from lightning_influence.estimators.queries import Labels as Labels
 from lightning_influence.estimators.queries import Loss as Loss
 from lightning_influence.estimators.queries import check_supervised as check_supervised
 from lightning_influence.estimators.queries import damping_label as damping_label
 from lightning_influence.estimators.queries import inverse_length as inverse_length
-from lightning_influence.estimators.queries import warn_of_flat as warn_of_flat
 from lightning_influence.estimators.scores import Scores
-from lightning_influence.estimators.self_influence import SELF, self_products
+from lightning_influence.estimators.self_influence import SELF
 from lightning_influence.estimators.token_scores import Positions, TokenScores, joined
 from lightning_influence.estimators.top_scores import RunningTop, TopScores, check_k
 
 
-class Estimator(ABC):
+class Estimator(Passes):
     """Scores of training examples for queries, at one set of parameters.
 
     Queries are gradients kept in memory (transformed once, block by block under a memory budget); training
@@ -80,18 +76,9 @@ class Estimator(ABC):
         self.progress = progress
 
     @property
-    def components(self) -> list[Component]:
-        """The components that are scored."""
-        return self.capture.components
-
-    @property
     def damping(self) -> str | None:
         """Description of the damping for the labels of the scores."""
         return None
-
-    @abstractmethod
-    def transform(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Query gradients by component, each [q, *shape] -> what training gradients are multiplied with."""
 
     def score(
         self,
@@ -285,9 +272,6 @@ class Estimator(ABC):
         self._check_queries(left)
         return left, right
 
-    def _loader(self, data: Any) -> ExampleLoader:
-        return ExampleLoader(data, self.batch_size)
-
     def _check_queries(self, queries: ExampleLoader) -> None:
         check_supervised(self.model, queries, self.asked)
 
@@ -295,105 +279,3 @@ class Estimator(ABC):
         asked = loss_for(self.model, queries, self.asked).reduction
         own = asked if self.query_loss is None else loss_for(self.model, train, self.loss).reduction
         return own if own == asked else f"query: {asked}, training example: {own}"
-
-    def _query_blocks(self, loader: ExampleLoader) -> Iterator[ExampleLoader]:
-        wide = any(parameter.dtype == torch.float64 for parameter in self.model.parameters())
-        size = self._query_numel() * (8 if wide else 4)
-        step = max(1, self.memory_budget // size)
-        for k in range(0, loader.num_examples, step):
-            yield ExampleLoader(loader, indices=loader.ids[k : k + step])
-
-    def _query_numel(self) -> int:
-        """Numbers that are kept of one query."""
-        return sum(c.numel for c in self.components)
-
-    def _operands(
-        self, loader: ExampleLoader, aggregate: Aggregate, labels: Labels, seed: int, rank: int | float | None
-    ) -> Iterator[Mapping[str, Operand]]:
-        blocks = self._prepared(loader, aggregate, labels, seed)
-        if rank is None:
-            return blocks
-        return gathered((low_rank(block, self.components, rank) for block in blocks), self.memory_budget)
-
-    def _prepared(
-        self, loader: ExampleLoader, aggregate: Aggregate, labels: Labels, seed: int
-    ) -> Iterator[dict[str, Tensor]]:
-        """What training gradients are multiplied with, for a block of queries at a time, or for their mean."""
-        total: dict[str, Tensor] = {}
-        for block in self._query_blocks(loader):
-            if aggregate is None:
-                yield self._query_gradients(block, labels, seed)
-                continue
-            for name, part in self._own_gradients(block, labels, seed).items():
-                mean = part.sum(0, keepdim=True) / loader.num_examples
-                total[name] = total[name] + mean if name in total else mean
-        if total:
-            yield self.transform(total)
-
-    def _query_gradients(self, loader: ExampleLoader, labels: Labels, seed: int) -> dict[str, Tensor]:
-        return self.transform(self._own_gradients(loader, labels, seed))
-
-    def _own_gradients(self, loader: ExampleLoader, labels: Labels, seed: int) -> dict[str, Tensor]:
-        """Gradients of queries by component, each [q, *shape], scaled to unit length where that is asked."""
-        found: dict[str, list[Tensor]] = {c.name: [] for c in self.components}
-        with self.capture:
-            for records in self._records(loader, "query gradients", labels, seed, self.asked):
-                for component, record in records:
-                    found[component.name].append(record.example_gradients())
-        gradients = {name: torch.cat(parts) for name, parts in found.items()}
-        warn_of_flat(type(self).__name__, self.query_loss, gradients)
-        if not self.normalise:
-            return gradients
-        squares = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0)
-        scale = inverse_length(squares)
-        return {k: g * scale.reshape(-1, *[1] * (g.dim() - 1)) for k, g in gradients.items()}
-
-    def _columns_of(
-        self, gradients: Mapping[str, Operand], loader: ExampleLoader, per_component: bool = False
-    ) -> Iterator[Tensor]:
-        """[q, n] or [c, q, n] of one batch of training examples after another."""
-        with self.capture:
-            for records in self._records(loader, "training examples"):
-                yield self._columns(gradients, records, per_component)
-
-    def _columns(
-        self, gradients: Mapping[str, Operand], records: Iterator[tuple[Component, LayerRecord]], per_component: bool
-    ) -> Tensor:
-        """Scores of one batch, [q, n] or [c, q, n]."""
-        parts: list[Tensor] = []
-        squares: list[Tensor] = []
-        for component, record in records:
-            part = contract(record, gradients[component.name]).cpu()
-            if per_component or not parts:
-                parts.append(part)
-            else:
-                parts[0] += part
-            if self.normalise:
-                squares.append(record.squared_norms().cpu())
-        values = torch.stack(parts) if per_component else parts[0]
-        return values * inverse_length(torch.stack(squares).sum(0)) if self.normalise else values
-
-    def _self_columns(self, records: Mapping[str, LayerRecord]) -> Tensor:
-        """``<T g_i, g_i>`` of one batch, [c, n]."""
-        values = self._self_products(records).cpu()
-        if not self.normalise:
-            return values
-        squares = torch.stack([record.squared_norms().cpu() for record in records.values()]).sum(0)
-        return values * inverse_length(squares).square()
-
-    def _self_products(self, records: Mapping[str, LayerRecord]) -> Tensor:
-        """As `_self_columns`, of gradients as they are; overridden where they need not be formed."""
-        return self_products(records, self.transform, self.memory_budget)
-
-    def _records(
-        self, loader: ExampleLoader, what: str, labels: Labels = "data", seed: int = 0, loss: Loss = None
-    ) -> Iterator[Iterator[tuple[Component, LayerRecord]]]:
-        """For each batch, its (component, record) pairs, to be used up before the next; the capture is active."""
-        device = next(self.model.parameters()).device
-        loss = loss_for(self.model, loader, self.loss if loss is None else loss).where_supervised()
-        label = f"{type(self).__name__}: {what}"
-        for ids, batch in tqdm(loader, desc=label, delay=3, leave=False, disable=not self.progress):
-            batch = to_device(batch, device)
-            losses = sampled_losses(loss, ids, seed) if labels == "sampled" else loss.losses
-            records = self.capture.record(batch, losses, ids, loss.position_mask(batch), loss.batch_size(batch))
-            yield zip(self.components, records, strict=True)
