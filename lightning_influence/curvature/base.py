@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
@@ -180,6 +181,8 @@ class Curvature(ABC):
         progress: bool = True,
         nan_policy: NanPolicy = "raise",
         memory_budget: int = 0,
+        disk_budget: int = 0,
+        scratch: str | os.PathLike[str] | None = None,
     ) -> Self:
         """Accumulate over a dataset: `num_passes` forward and backward passes without weight gradients.
 
@@ -194,20 +197,25 @@ class Curvature(ABC):
                 ``"omit"`` them with a warning, see `omit_nonfinite`; ``omitted`` holds their ids.
             memory_budget: Bytes for the layers' inputs and gradients of the first pass that are kept where there is a
                 second one, which then needs no forward and backward pass of these examples. The result is the same.
+            disk_budget: Bytes for those that are kept in temporary files, once the memory is used up. Per position of
+                an example they take as many numbers as the components have inputs and outputs; a disk reads and
+                writes them sooner than a processor makes them again, while a GPU may be the faster one.
+            scratch: Folder for these files; None takes the system's for temporary files.
 
         Returns:
             Itself, fitted.
 
         Raises:
-            ValueError: If the data is empty, or a loss is not one finite number per example (ids are named).
+            ValueError: If the data is empty, a loss is not one finite number per example (ids are named), or the disk
+                has less room than its budget.
             UnsupportedLayerError: If a component has no per-example gradient.
         """
         check_nan_policy(f"{type(self).__name__}.fit", nan_policy)
         loader = ExampleLoader(data, batch_size)
         loss = loss_for(model, loader, loss)
         loader = omit_nonfinite(model, loader, loss) if nan_policy == "omit" else loader
-        kept = KeptRecords(memory_budget)
-        with GradientCapture(model, components) as capture:
+        kept = KeptRecords(memory_budget, disk_budget, scratch)
+        with kept, GradientCapture(model, components) as capture:
             self.start(capture.components)
             self.omitted = loader.omitted
             for k in range(self.num_passes):
@@ -261,7 +269,7 @@ class Curvature(ABC):
 
     def _see_again(self, kept: KeptRecords) -> None:
         """Take in what was kept of the pass before."""
-        for records in kept.batches:
+        for records in kept:
             for component, record in zip(self.components, records, strict=True):
                 self.update(component, record)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -169,10 +170,12 @@ class IterativeCurvature(Curvature):
         progress: bool = True,
         nan_policy: NanPolicy = "raise",
         memory_budget: int = 0,
+        disk_budget: int = 0,
+        scratch: str | os.PathLike[str] | None = None,
     ) -> Self:
         """One pass over the data for the scale of the damping, then `bind`; arguments as in `Curvature.fit`.
 
-        There is no second pass that could use a memory budget.
+        There is no second pass that could use a budget of memory or disk.
         """
         check_nan_policy(f"{type(self).__name__}.fit", nan_policy)
         loader = ExampleLoader(data, batch_size)
