@@ -136,7 +136,7 @@ class BlockwiseCurvature(Curvature):
         short = {}
         for name, block in self.blocks.items():
             damping = damping_of(block.eigenvalues(), self.damping, self.damping_share)
-            check_invertible(type(self).__name__, name, block.eigenvalues(), damping)
+            check_invertible(type(self).__name__, repr(name), block.eigenvalues(), damping)
             # From the mean eigenvalue on, the damping decides in every direction.
             short[name] = block.short if damping < float(block.eigenvalues().double().mean()) else []
         warn_of_ranks(type(self).__name__, short, len(self.blocks))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 
@@ -30,16 +31,30 @@ def damping_of(eigenvalues: Tensor, damping: float | None, share: float) -> floa
     return share * mean if mean > 0 else 1.0
 
 
-def check_invertible(owner: str, name: str, eigenvalues: Tensor, damping: float) -> None:
-    """Refuse to divide by 0: a singular factor needs a damping that its dtype can hold.
+def check_invertible(owner: str, what: str, eigenvalues: Tensor, damping: float) -> None:
+    """Refuse to divide by rounding: a singular curvature needs a damping that is more than that.
+
+    Singular is what has an eigenvalue below width * eps * largest, eps that of the dtype in which it was summed up. Lost
+    is a damping below the same with the eps of float64, in which eigenvalues are found. (In float32 that is also where
+    the rounding of gradients, which enters squared, weighs as much as the gradients.)
+
+    Args:
+        owner: Class whose damping it is.
+        what: Whose eigenvalues these are, for the error.
+        eigenvalues: Of any shape, >= 0; the longest dimension counts as the width.
+        damping: The absolute one.
 
     Raises:
-        ValueError: If an eigenvalue is 0 with the damping added.
+        ValueError: If the curvature is singular and the damping lost.
     """
-    if not bool((eigenvalues + damping > 0).all()):
+    smallest, largest = (float(end) for end in eigenvalues.aminmax())
+    scale = max(eigenvalues.shape) * largest
+    level = max(scale * torch.finfo(torch.float64).eps, torch.finfo(eigenvalues.dtype).tiny)
+    if damping <= level and smallest <= scale * torch.finfo(eigenvalues.dtype).eps:
         raise ValueError(
-            f"`{owner}(damping={damping!r})`: the curvature of {name!r} is singular, and in {eigenvalues.dtype} this "
-            "damping is 0. Expected a damping that is not lost in rounding, such as None for 0.1 x the mean eigenvalue."
+            f"`{owner}(damping={damping!r})`: the curvature of {what} is singular (eigenvalues from {smallest:.3g} to "
+            f"{largest:.3g}), and this damping is lost in rounding. Expected more than {level:.3g}, or None for 0.1 x "
+            "the mean eigenvalue."
         )
 
 

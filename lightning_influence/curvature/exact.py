@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_influence.capture import Component, LayerRecord
 from lightning_influence.curvature.base import Curvature, Fisher, check_fisher, symmetric
-from lightning_influence.curvature.damping import check_damping, damping_of
+from lightning_influence.curvature.damping import check_damping, check_invertible, damping_of
 from lightning_influence.errors import StoreError
 
 LIMIT = 20_000  # parameters: a float64 matrix of 3.2 GB
@@ -71,7 +71,7 @@ class Exact(Curvature):
         """Decompose.
 
         Raises:
-            ValueError: If no example was seen.
+            ValueError: If no example was seen, or the damping is lost in rounding beside the eigenvalues.
         """
         examples = float(self._sums["examples"]) if self._sums else 0.0
         if not examples:
@@ -79,6 +79,7 @@ class Exact(Curvature):
         spectrum, basis = torch.linalg.eigh(symmetric(self._sums["moments"]) / examples)
         # Contiguous as it will be read back from a store, so that solving rounds in the same way.
         self.eigenvalues, self.basis = spectrum.clamp_min(0), basis.contiguous()
+        check_invertible("Exact", "all components together", self.eigenvalues, self._damping())
         self._sums, self.fitted = {}, True
 
     def precondition(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:

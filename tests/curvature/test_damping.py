@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_influence.curvature import EKFAC
+from lightning_influence.curvature import EKFAC, KFAC, Diagonal, Exact, ProjectedGram
 from lightning_influence.curvature.damping import check_damping, check_invertible, damping_of
 
 
@@ -38,25 +38,49 @@ def test_bad_share(share: object) -> None:
         check_damping("EKFAC", None, share)
 
 
-def test_a_damping_that_is_lost_in_rounding_is_refused() -> None:
-    """1e-60 is a float of Python, and 0 in float32."""
-    singular = torch.tensor([0.0, 2.0])
-    with pytest.raises(
-        ValueError, match=r"`KFAC\(damping=1e-60\)`: the curvature of 'a' is singular, and in torch.float"
-    ):
-        check_invertible("KFAC", "a", singular, 1e-60)
-    check_invertible("KFAC", "a", singular.double(), 1e-60)
-    check_invertible("KFAC", "a", singular + 1, 1e-60)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("lost", [1e-60, 1e-30, 8e-16])
+def test_a_damping_that_is_lost_in_rounding_is_refused(lost: float, dtype: torch.dtype) -> None:
+    singular = torch.tensor([[0.0, 1.0], [1.0, 2.0]], dtype=dtype)
+    with pytest.raises(ValueError, match=rf"`KFAC\(damping={lost}\)`: the curvature of 'a' is singular .* than 8.88e-16"):
+        check_invertible("KFAC", "'a'", singular, lost)
+    check_invertible("KFAC", "'a'", singular, 9e-16)
+    check_invertible("KFAC", "'a'", singular + 1, lost)
+    check_invertible("KFAC", "'a'", torch.zeros(2, dtype=dtype), 1e-30)
 
 
-def test_it_is_refused_before_anything_is_solved() -> None:
-    """Gradients of logits add up to 0, so that the last layer's factor is singular."""
-    model = torch.nn.Linear(3, 3)
-    data = [(torch.eye(3)[k % 3], torch.tensor(k // 3)) for k in range(9)]
-    with torch.no_grad():
-        model.weight.zero_()
-        model.bias.zero_()
-    curvature = EKFAC(damping=1e-60, fisher="empirical")
-    with pytest.raises(ValueError, match=r"`EKFAC\(damping=1e-60\)`: .* Expected a damping that is not lost"):
+def test_without_any_gradient_it_must_be_a_number_of_the_dtype() -> None:
+    with pytest.raises(ValueError, match="from 0 to 0"):
+        check_invertible("KFAC", "'a'", torch.zeros(2), 1e-60)
+
+
+def test_eigenvalues_that_are_rounding_of_0_are_0() -> None:
+    check_invertible("KFAC", "'a'", torch.tensor([1e-8, 1.0], dtype=torch.float64), 1e-30)
+    with pytest.raises(ValueError, match="'a' is singular"):
+        check_invertible("KFAC", "'a'", torch.tensor([1e-8, 1.0]), 1e-30)
+
+
+MEMBERS = {
+    "Diagonal": Diagonal,
+    "EKFAC": EKFAC,
+    "Exact": Exact,
+    "KFAC": KFAC,
+    "ProjectedGram": lambda damping: ProjectedGram((3, 4), damping),
+    "ProjectedGram of leading eigenvectors": lambda damping: ProjectedGram((3, 3), damping, initialisation="pca"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", MEMBERS)
+def test_it_is_refused_before_anything_is_solved(name: str, dtype: torch.dtype) -> None:
+    """Gradients of logits add up to 0, so that the layer's factor is singular, and the last input is always 0."""
+    model = torch.nn.Linear(4, 3).to(dtype)
+    inputs = torch.nn.functional.one_hot(torch.arange(9) % 3, 4).to(dtype)
+    data = list(zip(inputs, torch.arange(9) // 3, strict=True))
+    curvature = MEMBERS[name](1e-30)
+    with pytest.raises(ValueError, match=rf"`{name.split()[0]}\(damping=1e-30\)`: .* this damping is lost in rounding"):
         curvature.fit(model, data)
     assert not curvature.fitted
+    sound = MEMBERS[name](1e-6).fit(model, data)
+    solved = sound.precondition({"": torch.ones(2, 3, 5, dtype=dtype)})[""]
+    assert solved.isfinite().all()
