@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 
@@ -68,6 +68,22 @@ def examples(batch: Any, rows: slice) -> Any:
         return found and not any(isinstance(leaf, Tensor | np.ndarray) for leaf in leaves(part))
 
     return _map(batch, cut, items)
+
+
+def explain_dtypes(batch: Any, model: nn.Module, error: RuntimeError) -> None:
+    """Say so where a model cannot be run on numbers of another precision than its own.
+
+    Raises:
+        ValueError: If the batch has a floating-point dtype that no parameter has.
+    """
+    given = {leaf.dtype for leaf in leaves(batch) if isinstance(leaf, Tensor) and leaf.is_floating_point()}
+    own = {parameter.dtype for parameter in model.parameters()}
+    if given - own:
+        names = [" and ".join(sorted(str(dtype) for dtype in dtypes)) for dtypes in (given, own)]
+        raise ValueError(
+            f"{type(model).__name__} could not be run: the batch holds {names[0]}, its parameters are {names[1]} "
+            f"({error}). Expected data of the model's dtype: convert it in the dataset, or convert the model."
+        ) from error
 
 
 def _map(batch: Any, function: Callable[[Any], Any], is_leaf: Callable[[Any], bool] | None = None) -> Any:

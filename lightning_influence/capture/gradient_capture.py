@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_influence.capture.batches import batch_size, map_tensors
+from lightning_influence.capture.batches import batch_size, explain_dtypes, map_tensors
 from lightning_influence.capture.calls import CallLog, rounding
 from lightning_influence.capture.component import (
     Component,
@@ -160,7 +160,10 @@ class GradientCapture:
             values = losses(self.model, batch)
         except RuntimeError as error:
             spread, self._log = self._log.spread, None
-            if self._checked or not spread or isinstance(error, torch.cuda.OutOfMemoryError):
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise
+            explain_dtypes(batch, self.model, error)
+            if self._checked or not spread:
                 raise
             with torch.no_grad():
                 losses(self.model, batch)  # fails again, unless the rows that outputs got are to blame

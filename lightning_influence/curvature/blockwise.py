@@ -142,10 +142,11 @@ class BlockwiseCurvature(Curvature):
         warn_of_ranks(type(self).__name__, short, len(self.blocks))
 
     def solve(self, component: Component, gradients: Tensor) -> Tensor:
-        """``(G_c + damping I)^{-1} V``: [q, *shape] -> [q, *shape]."""
+        """``(G_c + damping I)^{-1} V``: [q, *shape] -> [q, *shape], computed in the dtype of the fit."""
         self._check_fitted()
         block = self.blocks[component.name]
-        return block.solve(gradients, damping_of(block.eigenvalues(), self.damping, self.damping_share))
+        solved = block.solve(gradients, damping_of(block.eigenvalues(), self.damping, self.damping_share))
+        return solved.to(gradients.dtype)
 
     def whitened_size(self, component: Component) -> int:
         """As many as the component has parameters."""
@@ -161,7 +162,8 @@ class BlockwiseCurvature(Curvature):
     def multiply(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``G_c V`` of every component."""
         self._check_fitted()
-        return {c.name: self.blocks[c.name].multiply(gradients[c.name]) for c in self.components}
+        found = {c.name: self.blocks[c.name].multiply(gradients[c.name]) for c in self.components}
+        return {name: rows.to(gradients[name].dtype) for name, rows in found.items()}
 
     def partial(self) -> dict[str, Tensor]:
         """Sums of the current pass, keyed ``component/sum``."""

@@ -34,9 +34,9 @@ def damping_of(eigenvalues: Tensor, damping: float | None, share: float) -> floa
 def check_invertible(owner: str, what: str, eigenvalues: Tensor, damping: float) -> None:
     """Refuse to divide by rounding: a singular curvature needs a damping that is more than that.
 
-    Singular is what has an eigenvalue below width * eps * largest, eps that of the dtype in which it was summed up. Lost
-    is a damping below the same with the eps of float64, in which eigenvalues are found. (In float32 that is also where
-    the rounding of gradients, which enters squared, weighs as much as the gradients.)
+    Singular is what has an eigenvalue below width * eps * largest, eps that of the dtype in which it was summed up.
+    Lost is a damping below the same with the eps of float64, in which eigenvalues are found. (In float32 that is also
+    where the rounding of gradients, which enters squared, weighs as much as the gradients.)
 
     Args:
         owner: Class whose damping it is.

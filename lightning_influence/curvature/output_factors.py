@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_influence.capture import ExampleLoss
 from lightning_influence.capture.forward import runnable
+from lightning_influence.capture.layers.base import widened
 from lightning_influence.curvature.differentiation import cut_off, tracked_ones
 
 LIMIT = 128  # outputs: so many passes over the data, and so many gradients for each example
@@ -53,15 +54,15 @@ class OutputFactors:
         return losses
 
     def _root(self, cut: Tensor, values: Tensor) -> Tensor:
-        """L [n, o, o], columns by falling eigenvalue."""
+        """L [n, o, o] in float32 at least, columns by falling eigenvalue."""
         [slope] = torch.autograd.grad(values, [cut], tracked_ones(values), create_graph=True)
         columns = [
             torch.autograd.grad(part.sum(), cut, retain_graph=True, materialize_grads=True, allow_unused=True)[0]
             for part in slope.reshape(len(slope), -1).unbind(1)
         ]
         hessian = torch.stack([column.reshape(len(slope), -1) for column in columns], dim=2).detach()
-        spectrum, basis = torch.linalg.eigh((hessian + hessian.mT) / 2)
-        rounding = 100 * torch.finfo(spectrum.dtype).eps * spectrum.abs().amax(1, keepdim=True)
+        spectrum, basis = torch.linalg.eigh(widened((hessian + hessian.mT) / 2))
+        rounding = 100 * torch.finfo(hessian.dtype).eps * spectrum.abs().amax(1, keepdim=True)
         if bool((spectrum < -rounding).any()):
             raise ValueError(
                 f"the loss ({type(self.loss).__name__}) is not convex in what the model returns, so its Gauss-Newton "

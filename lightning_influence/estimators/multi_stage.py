@@ -13,6 +13,7 @@ from typing_extensions import Self
 from lightning_influence.capture import Component, ExampleLoader, find_components
 from lightning_influence.capture.component import Select
 from lightning_influence.capture.finite import NanPolicy, check_nan_policy
+from lightning_influence.capture.layers.base import widened
 from lightning_influence.curvature import EKFAC, Curvature
 from lightning_influence.curvature.base import loss_for
 from lightning_influence.errors import NotFittedError
@@ -177,8 +178,8 @@ class MultiStageInfluence(Estimator):
         solved = {}
         for one, other in self.shared:
             half = self.finetuned_curvature.solve(other, gradients[other.name])
-            device = next(self.model.parameters()).device
-            solved[one.name] = self.curvature.solve(one, half.to(device))
+            own = widened(self.model.get_parameter(one.parameters[0]).new_empty(0))
+            solved[one.name] = self.curvature.solve(one, half.to(own))
         return solved
 
     def check(self, queries: Any, labels: Labels = "data", seed: int = 0) -> None:

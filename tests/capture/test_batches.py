@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import BatchEncoding
 
-from lightning_influence.capture.batches import batch_size, examples, leaves, map_tensors, to_device
+from lightning_influence.capture.batches import batch_size, examples, explain_dtypes, leaves, map_tensors, to_device
 
 
 class Pair(NamedTuple):
@@ -81,3 +81,13 @@ def test_examples_are_cut_out_of_everything_that_holds_them() -> None:
 def test_what_is_not_laid_out_by_examples_cannot_be_cut(other: object) -> None:
     with pytest.raises(ValueError, match=r"it holds an array of shape .*, and 3 examples"):
         examples((torch.ones(3), other), slice(0, 1))
+
+
+def test_numbers_of_another_precision_than_the_model_are_named() -> None:
+    model = torch.nn.Linear(2, 1)
+    with pytest.raises(
+        ValueError,
+        match=r"Linear could not be run: the batch holds torch.float64, its parameters are torch.float32 ",
+    ):
+        explain_dtypes((torch.ones(3, 2).double(), torch.ones(3)[:0].long()), model, RuntimeError("as told by torch"))
+    explain_dtypes((torch.ones(3, 2), torch.ones(3).long()), model, RuntimeError("something else"))

@@ -272,3 +272,11 @@ def test_components_can_be_handed_on() -> None:
         GradientCapture(nn.Linear(3, 4), components)
     with pytest.raises(UnsupportedLayerError, match=r"has no component left"):
         GradientCapture(model, [])
+
+
+def test_a_batch_of_another_precision_is_told_from_other_failures() -> None:
+    with GradientCapture(nn.Linear(2, 1)) as capture:
+        with pytest.raises(ValueError, match=r"the batch holds torch\.float64, its parameters are torch\.float32"):
+            next(capture.record(torch.ones(3, 2).double(), lambda model, x: model(x).sum(1)))
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            next(capture.record(torch.ones(3, 5), lambda model, x: model(x).sum(1)))

@@ -174,6 +174,17 @@ def test_settings_and_state_are_everything(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MEMBERS)
+@pytest.mark.parametrize(("own", "given"), [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+def test_gradients_may_be_of_another_precision(name: str, own: torch.dtype, given: torch.dtype) -> None:
+    """What comes back is of theirs."""
+    curvature = CURVATURES[name](**SMALL.get(name, {})).fit(ready(Mixed()).to(own), DATA)
+    same, other = ({key: value.to(dtype) for key, value in vectors().items()} for dtype in (own, given))
+    for call in (lambda g: solved(curvature, g), lambda g: flat(curvature.multiply(g))):
+        assert call(other).dtype == given
+        torch.testing.assert_close(call(other).to(own), call(same), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MEMBERS)
 @pytest.mark.parametrize("shard_bytes", [1 << 29, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_store_gives_back_the_same_bits(name: str, shard_bytes: int, dtype: torch.dtype, tmp_path: Any) -> None:

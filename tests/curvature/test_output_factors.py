@@ -70,6 +70,18 @@ def test_batches_do_not_matter() -> None:
     torch.testing.assert_close(one.mT @ one, other.mT @ other)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_narrow_models(dtype: torch.dtype, tolerance: float) -> None:
+    narrow = [(x.to(dtype), y) for x, y in points(6)]
+    expected, found = (
+        factor_rows(mlp(), points(6), ClassificationLoss()),
+        factor_rows(mlp().to(dtype), narrow, ClassificationLoss()),
+    )
+    assert found.dtype == torch.float32
+    expected, found = expected.mT @ expected, (found.mT @ found).double()
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+
+
 def test_they_know_no_label() -> None:
     flipped = [(x, 2 - y) for x, y in points(6)]
     one, other = (factor_rows(mlp(), data, ClassificationLoss()) for data in (points(6), flipped))

@@ -341,3 +341,14 @@ def test_examples_without_a_finite_loss_are_left_out_on_request_alone() -> None:
         influence.fit(rows, points(12), nan_policy="omit")
     assert influence.curvature.omitted == (2,)
     assert influence.finetuned_curvature.omitted == ()
+
+
+@pytest.mark.parametrize(("first", "second"), [(torch.float64, torch.float32), (torch.float32, torch.bfloat16)])
+def test_models_of_two_precisions(first: torch.dtype, second: torch.dtype) -> None:
+    """Each is solved in its own; scores are in that of the pre-trained one."""
+    model, tuned = pair()
+    expected = estimator().score(QUERIES, PRETRAINING).values
+    found = MultiStageInfluence(model.to(first), tuned.to(second), *curvatures()).fit(PRETRAINING, FINETUNING)
+    values = found.score(QUERIES, PRETRAINING).values
+    assert values.dtype == first
+    torch.testing.assert_close(values.double(), expected, rtol=0, atol=0.1 * float(expected.abs().max()))
