@@ -81,6 +81,17 @@ class Curvature(ABC):
         self._check_fitted()
         return {c.name: self.solve(c, gradients[c.name]) for c in self.components}
 
+    def rotated(self, component: Component, record: LayerRecord) -> Tensor:
+        """Gradients in the coordinates of `precondition_rotated`, an orthonormal basis of their space: [n, *shape].
+
+        As they are, unless a curvature has a basis of its own that is quicker reached from a record.
+        """
+        return record.example_gradients()
+
+    def precondition_rotated(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`precondition` of what `rotated` gave, or of linear combinations of it."""
+        return self.precondition(gradients)
+
     def whitened_size(self, component: Component) -> int:
         """Numbers r_c that `whiten` gives for each example.
 

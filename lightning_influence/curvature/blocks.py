@@ -65,6 +65,14 @@ class Block(ABC):
         """``(block + damping I)^{-1} V``, [q, *shape] -> [q, *shape]."""
         return self.scaled(gradients, (self.eigenvalues() + damping).reciprocal())
 
+    def rotated(self, record: LayerRecord) -> Tensor:
+        """Gradients as `solve_rotated` takes them: in a basis that is quickly reached from a record, or as they are."""
+        return record.example_gradients()
+
+    def solve_rotated(self, gradients: Tensor, damping: float) -> Tensor:
+        """`solve` of what `rotated` gave."""
+        return self.solve(gradients, damping)
+
     def multiply(self, gradients: Tensor) -> Tensor:
         """``block V``, without damping: [q, *shape] -> [q, *shape]."""
         return self.scaled(gradients, self.eigenvalues())
@@ -161,9 +169,28 @@ class KroneckerBlock(Block):
 
     def scaled(self, gradients: Tensor, factors: Tensor) -> Tensor:
         """[q, o, i] -> [q, o, i]."""
+        return self._back(self._rotate(gradients) * factors)
+
+    def rotated(self, record: LayerRecord) -> Tensor:
+        """``Q_S^T g Q_A``, [n, o, i]; the factors are rotated when that is the smaller job."""
         left, right = self._basis("gradient"), self._basis("input")
-        rotated = rotate(rotate(gradients.to(left[0].dtype).mT, left).mT, right)
-        return back(back(rotated * factors, right).mT, left).mT
+        o, i = self.eigenvalues().shape
+        if isinstance(record, FactoredRecord) and record.sizes[1] * (o * o + i * i) <= o * i * (o + i):
+            dtype = left[0].dtype
+            outputs, inputs = rotate(record.gradients.to(dtype), left), rotate(record.inputs.to(dtype), right)
+            return torch.bmm(outputs.mT, inputs)
+        return self._rotate(record.example_gradients())
+
+    def solve_rotated(self, gradients: Tensor, damping: float) -> Tensor:
+        """Half of the work of `solve`."""
+        return self._back(gradients / (self.eigenvalues() + damping))
+
+    def _rotate(self, gradients: Tensor) -> Tensor:
+        left, right = self._basis("gradient"), self._basis("input")
+        return rotate(rotate(gradients.to(left[0].dtype).mT, left).mT, right)
+
+    def _back(self, rotated: Tensor) -> Tensor:
+        return back(back(rotated, self._basis("input")).mT, self._basis("gradient")).mT
 
     def _covariances(self, side: str) -> list[Tensor]:
         return [total for key, total in self.sums.items() if key.startswith(f"{side}_covariance.")]
@@ -176,16 +203,8 @@ class KroneckerBlock(Block):
         return self.bases[side]
 
     def whiten(self, record: LayerRecord, damping: float) -> Tensor:
-        """[n, o i]; the factors are rotated when that is the smaller job."""
-        left, right = self._basis("gradient"), self._basis("input")
-        o, i = self.eigenvalues().shape
-        dtype = left[0].dtype
-        if isinstance(record, FactoredRecord) and record.sizes[1] * (o * o + i * i) <= o * i * (o + i):
-            outputs, inputs = rotate(record.gradients.to(dtype), left), rotate(record.inputs.to(dtype), right)
-            rotated = torch.bmm(outputs.mT, inputs)
-        else:
-            rotated = rotate(rotate(record.example_gradients().to(dtype).mT, left).mT, right)
-        return (rotated / (self.eigenvalues() + damping).sqrt()).flatten(1)
+        """[n, o i]."""
+        return (self.rotated(record) / (self.eigenvalues() + damping).sqrt()).flatten(1)
 
     def _squares(self, record: FactoredRecord, common: Common) -> None:
         """Sum over examples of (Q_S^T g Q_A)^2; the factors are rotated when that is the smaller job."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from lightning_influence.capture import Component, LayerRecord
+from lightning_influence.capture.contexts import full_precision
 from lightning_influence.curvature.base import Fisher
 from lightning_influence.curvature.blocks import Block, block_for
 from lightning_influence.curvature.blockwise import BlockwiseCurvature
+from lightning_influence.curvature.damping import damping_of
 from lightning_influence.curvature.subsample import Subsample, Unit, check_subsample
 
 
@@ -66,6 +70,23 @@ class KroneckerCurvature(BlockwiseCurvature):
         subsample = self._subsample()
         last = self._pass + 1 >= self.num_passes
         return list(ids) if subsample is None or last else subsample.examples(ids)
+
+    @full_precision()
+    def rotated(self, component: Component, record: LayerRecord) -> Tensor:
+        """In the eigenbasis of the block, [n, *shape]."""
+        self._check_fitted()
+        return self.blocks[component.name].rotated(record)
+
+    @full_precision()
+    def precondition_rotated(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """In the coordinates of the parameters."""
+        self._check_fitted()
+        solved = {}
+        for c in self.components:
+            block = self.blocks[c.name]
+            damping = damping_of(block.eigenvalues(), self.damping, self.damping_share)
+            solved[c.name] = block.solve_rotated(gradients[c.name], damping)
+        return solved
 
     def settings(self) -> dict[str, Any]:
         """Constructor arguments."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_influence.capture import Component
+from lightning_influence.capture import Component, LayerRecord
 from lightning_influence.capture.component import Select
 from lightning_influence.capture.finite import NanPolicy, check_nan_policy
 from lightning_influence.curvature import EKFAC, Curvature
@@ -146,6 +146,20 @@ class InfluenceFunction(Estimator):
         """``(G + damping I)^{-1} g_q``."""
         self._check_fitted("score")
         return self.curvature.precondition(gradients)
+
+    def _query_gradient(self, component: Component, record: LayerRecord) -> Tensor:
+        if not self._plain:
+            return super()._query_gradient(component, record)
+        self._check_fitted("score")
+        return self.curvature.rotated(component, record)
+
+    def _transform_queries(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.curvature.precondition_rotated(gradients) if self._plain else super()._transform_queries(gradients)
+
+    @property
+    def _plain(self) -> bool:
+        """Whether `transform` is the one above; one of a subclass is asked for its own."""
+        return type(self).transform is InfluenceFunction.transform
 
     def _check_fitted(self, method: str) -> None:
         if not self.curvature.fitted:

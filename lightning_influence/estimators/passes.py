@@ -43,6 +43,13 @@ class Passes(ABC):
     def transform(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Query gradients by component, each [q, *shape] -> what training gradients are multiplied with."""
 
+    def _query_gradient(self, component: Component, record: LayerRecord) -> Tensor:
+        """Gradients of queries, [q, *shape], in the orthonormal basis that `_transform_queries` takes them in."""
+        return record.example_gradients()
+
+    def _transform_queries(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.transform(gradients)
+
     def _loader(self, data: Any) -> ExampleLoader:
         return ExampleLoader(data, self.batch_size)
 
@@ -78,10 +85,10 @@ class Passes(ABC):
                 mean = part.sum(0, keepdim=True) / loader.num_examples
                 total[name] = total[name] + mean if name in total else mean
         if total:
-            yield self.transform(total)
+            yield self._transform_queries(total)
 
     def _query_gradients(self, loader: ExampleLoader, labels: Labels, seed: int) -> dict[str, Tensor]:
-        return self.transform(self._own_gradients(loader, labels, seed))
+        return self._transform_queries(self._own_gradients(loader, labels, seed))
 
     def _own_gradients(self, loader: ExampleLoader, labels: Labels, seed: int) -> dict[str, Tensor]:
         """Gradients of queries by component, each [q, *shape], scaled to unit length where that is asked."""
@@ -89,7 +96,7 @@ class Passes(ABC):
         with self.capture:
             for records in self._records(loader, "query gradients", labels, seed, self.asked):
                 for component, record in records:
-                    found[component.name].append(record.example_gradients())
+                    found[component.name].append(self._query_gradient(component, record))
         gradients = {name: torch.cat(parts) for name, parts in found.items()}
         warn_of_flat(type(self).__name__, self.query_loss, gradients)
         if not self.normalise:

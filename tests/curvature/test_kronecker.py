@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_influence.capture import ExampleLoader
+from lightning_influence.capture import ExampleLoader, GradientCapture, resolve_loss
 from lightning_influence.curvature import EKFAC, KFAC
 from lightning_influence.curvature.blocks import KroneckerBlock, piece_sizes
 from lightning_influence.curvature.subsample import Subsample
@@ -153,3 +153,32 @@ def test_a_basis_that_was_stored_whole_is_read(tmp_path: Any) -> None:
     for component in curvature.components:
         gradients = normal(2, *component.shape)
         assert torch.equal(found.solve(component, gradients), curvature.solve(component, gradients))
+
+
+@pytest.mark.parametrize("t", [1, 2, 40])
+@pytest.mark.parametrize("width", [None, 4])
+def test_what_is_rotated_from_a_record_is_solved_as_its_gradient(t: int, width: int | None) -> None:
+    """Through factors of few positions, or the gradient itself; linear, and of the same length."""
+    record = factored(7, t, 6, 5)
+    block = fit(KroneckerBlock(width), record, True)
+    rotated, gradients = block.rotated(record), record.example_gradients()
+    torch.testing.assert_close(rotated.flatten(1).norm(dim=1), gradients.flatten(1).norm(dim=1))
+    torch.testing.assert_close(block.solve_rotated(rotated, 0.3), block.solve(gradients, 0.3))
+    mean = block.solve_rotated(rotated.mean(0, keepdim=True), 0.3)
+    torch.testing.assert_close(mean, block.solve(gradients.mean(0, keepdim=True), 0.3))
+
+
+@pytest.mark.parametrize("curvature", [EKFAC(), KFAC(damping=0.2)])
+def test_rotated_gradients_of_all_components(curvature: EKFAC | KFAC) -> None:
+    """Also of those without factors."""
+    model, data = ready(Mixed()), token_rows()
+    curvature.fit(model, data)
+    with GradientCapture(model) as capture:
+        for ids, batch in ExampleLoader(data):
+            records = capture.record(batch, resolve_loss(model, batch).losses, ids, None, len(ids))
+            pairs = list(zip(capture.components, records, strict=True))
+    found = curvature.precondition_rotated({c.name: curvature.rotated(c, record) for c, record in pairs})
+    expected = curvature.precondition({c.name: record.example_gradients() for c, record in pairs})
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -236,3 +237,14 @@ def test_factors_in_bfloat16_rank_as_those_in_float32(tmp_path: Any) -> None:
 
 def wide(n: int, seed: int) -> list[Any]:
     return list(zip(normal(n, 6, seed=seed), labels(n, 4, seed), strict=True))
+
+
+def test_a_transform_of_a_subclass_is_the_one_that_scores() -> None:
+    class Doubled(InfluenceFunction):
+        def transform(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: 2 * value for name, value in super().transform(gradients).items()}
+
+    model, curvature = ready(Mixed()), EKFAC()
+    plain = InfluenceFunction(model, curvature).fit(token_rows())
+    doubled = Doubled(model, curvature).score(token_rows(3), token_rows())
+    torch.testing.assert_close(doubled.values, 2 * plain.score(token_rows(3), token_rows()).values)

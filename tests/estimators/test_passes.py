@@ -61,7 +61,7 @@ def test_narrow_models_are_scored_in_float32(name: str, dtype: torch.dtype, tole
 def test_the_mean_is_taken_before_the_curvature() -> None:
     """One solve for all queries, and one pass over the training data, within the memory of one query."""
     estimator, solved = influence(ready(Mixed()), memory_budget=1), []
-    transform = estimator.transform
-    estimator.transform = lambda g: (solved.append(len(g["up"])), transform(g))[1]  # type: ignore[method-assign]
+    transform = estimator._transform_queries
+    estimator._transform_queries = lambda g: (solved.append(len(g["up"])), transform(g))[1]  # type: ignore[method-assign]
     estimator.score(QUERIES, TRAIN, aggregate="mean")
     assert solved == [1]
