@@ -172,18 +172,19 @@ class KroneckerBlock(Block):
         return self._back(self._rotate(gradients) * factors)
 
     def rotated(self, record: LayerRecord) -> Tensor:
-        """``Q_S^T g Q_A``, [n, o, i]; the factors are rotated when that is the smaller job."""
+        """``Q_S^T g Q_A``, [n, o, i] in the dtype of g; the factors are rotated when that is the smaller job."""
         left, right = self._basis("gradient"), self._basis("input")
         o, i = self.eigenvalues().shape
         if isinstance(record, FactoredRecord) and record.sizes[1] * (o * o + i * i) <= o * i * (o + i):
             dtype = left[0].dtype
             outputs, inputs = rotate(record.gradients.to(dtype), left), rotate(record.inputs.to(dtype), right)
-            return torch.bmm(outputs.mT, inputs)
-        return self._rotate(record.example_gradients())
+            return torch.bmm(outputs.mT, inputs).to(record.gradients.dtype)
+        gradients = record.example_gradients()
+        return self._rotate(gradients).to(gradients.dtype)
 
     def solve_rotated(self, gradients: Tensor, damping: float) -> Tensor:
         """Half of the work of `solve`."""
-        return self._back(gradients / (self.eigenvalues() + damping))
+        return self._back(gradients.to(self.eigenvalues().dtype) / (self.eigenvalues() + damping))
 
     def _rotate(self, gradients: Tensor) -> Tensor:
         left, right = self._basis("gradient"), self._basis("input")

@@ -85,7 +85,7 @@ class KroneckerCurvature(BlockwiseCurvature):
         for c in self.components:
             block = self.blocks[c.name]
             damping = damping_of(block.eigenvalues(), self.damping, self.damping_share)
-            solved[c.name] = block.solve_rotated(gradients[c.name], damping)
+            solved[c.name] = block.solve_rotated(gradients[c.name], damping).to(gradients[c.name].dtype)
         return solved
 
     def settings(self) -> dict[str, Any]:

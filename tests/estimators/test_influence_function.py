@@ -248,3 +248,14 @@ def test_a_transform_of_a_subclass_is_the_one_that_scores() -> None:
     plain = InfluenceFunction(model, curvature).fit(token_rows())
     doubled = Doubled(model, curvature).score(token_rows(3), token_rows())
     torch.testing.assert_close(doubled.values, 2 * plain.score(token_rows(3), token_rows()).values)
+
+
+@pytest.mark.parametrize("t", [2, 60])
+def test_a_curvature_in_float64_for_a_model_in_float32(t: int) -> None:
+    wide, narrow = ready(Mixed()), ready(Mixed()).float()
+    rows = token_rows(6, t)
+    curvature = EKFAC().fit(wide, rows)
+    expected = InfluenceFunction(wide, curvature).score(rows, rows).values
+    found = InfluenceFunction(narrow, curvature).score(rows, rows).values
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
