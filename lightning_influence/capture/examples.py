@@ -45,7 +45,7 @@ class ExampleLoader:
         if isinstance(data, (ExampleLoader, DataLoader)):
             data, collate_fn = data.dataset, collate_fn or data.collate_fn
         size = _checked_size(data)
-        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
             raise ValueError(f"`ExampleLoader(batch_size={batch_size!r})`: expected an int >= 1.")
         self.ids: list[int] = list(range(size)) if indices is None else [int(k) for k in indices]
         if not self.ids:

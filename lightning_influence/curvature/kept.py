@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_influence.capture import LayerRecord
+from lightning_influence.capture.budget import check_bytes
 from lightning_influence.capture.layers.base import REMEMBERED
 
 
@@ -34,8 +35,8 @@ class KeptRecords:
     """
 
     def __init__(self, memory_budget: int, disk_budget: int = 0, scratch: str | os.PathLike[str] | None = None) -> None:
-        _check_bytes("memory_budget", memory_budget)
-        _check_bytes("disk_budget", disk_budget)
+        check_bytes("fit", "memory_budget", memory_budget)
+        check_bytes("fit", "disk_budget", disk_budget)
         self.memory = MemoryRecords(memory_budget)
         self.files = FileRecords(disk_budget, None if not disk_budget else _folder(disk_budget, scratch))
 
@@ -225,11 +226,6 @@ def _tensors(record: LayerRecord) -> list[Tensor]:
 
     _swapped(record, note)
     return found
-
-
-def _check_bytes(name: str, budget: int) -> None:
-    if type(budget) is not int or budget < 0:
-        raise ValueError(f"`fit({name}={budget!r})`: expected a number of bytes, an int >= 0.")
 
 
 def _folder(budget: int, scratch: str | os.PathLike[str] | None) -> Path:

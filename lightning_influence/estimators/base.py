@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lightning_influence.capture import Component, ExampleLoader, GradientCapture
+from lightning_influence.capture.budget import check_bytes
 from lightning_influence.capture.component import Select
 from lightning_influence.curvature.base import loss_for
 from lightning_influence.estimators.low_rank import check_rank, rank_note
@@ -47,6 +48,9 @@ class Estimator(Passes):
         formula: What is computed, for the labels of the scores.
         bilinear: Whether a score is ``<T g_q, g_i>`` with T linear.
         one_model: Whether the gradients on both sides are of the same model and loss.
+
+    Raises:
+        ValueError: If there is no such component, or the memory is no number of bytes.
     """
 
     formula: str
@@ -65,6 +69,7 @@ class Estimator(Passes):
         memory_budget: int = 2 * 1024**3,
         progress: bool = True,
     ) -> None:
+        check_bytes(type(self).__name__, "memory_budget", memory_budget)
         self.model = model
         self.loss = loss
         self.query_loss = query_loss

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_influence.capture import Component, ExampleLoader
+from lightning_influence.capture.budget import check_bytes
 from lightning_influence.capture.component import Select
 from lightning_influence.curvature import Curvature, ProjectedGram
 from lightning_influence.curvature.base import loss_for
@@ -102,6 +103,7 @@ class GroupInfluence:
         progress: bool = True,
     ) -> None:
         _check_options(target_curvature, group_curvature, draws)
+        check_bytes(_CALL, "memory_budget", memory_budget)
         self.influence = InfluenceFunction(
             model, curvature, loss, components, batch_size=batch_size, memory_budget=memory_budget, progress=progress
         )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from lightning_influence.capture.budget import check_bytes
 from lightning_influence.capture.component import Component
 from lightning_influence.capture.record import FactoredRecord, IndexedRecord, LayerRecord, SumRecord
 from lightning_influence.errors import NotFittedError
@@ -44,8 +45,7 @@ class Projection(ABC):
         self._check_dimensions(dimensions)
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise ValueError(f"`{type(self).__name__}(seed={seed!r})`: expected an int.")
-        if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget < 0:
-            raise ValueError(f"`{type(self).__name__}(memory_budget={memory_budget!r})`: expected bytes, an int >= 0.")
+        check_bytes(type(self).__name__, "memory_budget", memory_budget)
         self.dimensions = dimensions
         self.seed = seed
         self.memory_budget = memory_budget

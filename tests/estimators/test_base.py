@@ -182,6 +182,9 @@ def test_arguments(name: str) -> None:
             estimator.score(queries, train)
     with pytest.raises(ValueError, match="'nonsense'"):
         MEMBERS[name](ready(Mixed()), components="nonsense")
+    for budget in ("1GB", -1, True, 2e9):
+        with pytest.raises(ValueError, match=rf"`{name}\(memory_budget={budget!r}\)`: expected a number of bytes, an"):
+            MEMBERS[name](ready(Mixed()), memory_budget=budget)
 
 
 @pytest.mark.parametrize("name", MEMBERS)

@@ -311,6 +311,7 @@ def refused(message: str) -> Any:
         ),
         ({"group_curvature": "hessian"}, "(group_curvature='hessian')`: expected 'sampled', 'empirical' or 'gauss-"),
         ({"draws": 0}, "(draws=0)`: expected an int >= 1."),
+        ({"memory_budget": "1GB"}, "`GroupInfluence(memory_budget='1GB')`: expected a number of bytes, an int >= 0"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:

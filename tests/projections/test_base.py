@@ -206,8 +206,8 @@ def test_dimensions_out_of_range(name: str, dimensions: Any) -> None:
     [
         ({"seed": 0.5}, r"seed=0.5\)`: expected an int"),
         ({"seed": True}, r"seed=True\)`: expected an int"),
-        ({"memory_budget": -1}, r"memory_budget=-1\)`: expected bytes, an int >= 0"),
-        ({"memory_budget": "1 GB"}, r"memory_budget='1 GB'\)`: expected bytes"),
+        ({"memory_budget": -1}, r"memory_budget=-1\)`: expected a number of bytes, an int >= 0"),
+        ({"memory_budget": "1 GB"}, r"memory_budget='1 GB'\)`: expected a number of bytes"),
     ],
 )
 def test_arguments(name: str, options: dict[str, Any], message: str) -> None:
