@@ -105,7 +105,7 @@ class CurvatureRecorder(Recorder):
                     _clear(curvature)
                 recording.sum_over_ranks(curvature.partial())
                 _share_work(recording, curvature)
-                curvature.finish_pass()
+                curvature.close_pass(capture, part, loss)
         if recording.is_writer:
             self._save(recording, curvature, loss, train)
 

@@ -1,9 +1,9 @@
-"""Leaving out examples whose loss is no number, where that is asked for."""
+"""Examples whose loss or gradient is no number: named, or left out where that is asked for."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -25,6 +25,26 @@ def check_nan_policy(call: str, policy: str) -> None:
     """
     if policy not in get_args(NanPolicy):
         raise ValueError(f"`{call}(nan_policy={policy!r})`: expected 'raise' (an error that names them) or 'omit'.")
+
+
+def check_gradients(ids: Sequence[int] | Tensor, finite: Tensor, what: str) -> None:
+    """Refuse examples whose gradients are no numbers, though their losses are.
+
+    Args:
+        ids: Of n examples.
+        finite: Bool [n].
+        what: Which examples these are.
+
+    Raises:
+        ValueError: Naming the ids.
+    """
+    finite = finite.cpu()
+    if not bool(finite.all()):
+        wild = torch.as_tensor(ids)[~finite].tolist()
+        raise ValueError(
+            f"the gradient of {len(wild)} of {len(finite)} {what} is not finite, or too large to be squared (ids "
+            f"{wild[:8]}). Remove these examples or repair the model."
+        )
 
 
 def omit_nonfinite(

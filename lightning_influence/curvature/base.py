@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -22,12 +22,16 @@ from lightning_influence.capture import (
 )
 from lightning_influence.capture.batches import to_device
 from lightning_influence.capture.component import Select
-from lightning_influence.capture.finite import NanPolicy, check_nan_policy, omit_nonfinite
+from lightning_influence.capture.finite import NanPolicy, check_gradients, check_nan_policy, omit_nonfinite
 from lightning_influence.capture.sampling import Uniforms
 from lightning_influence.curvature.kept import KeptRecords
 from lightning_influence.errors import NotFittedError
 
 Fisher: TypeAlias = Literal["sampled", "empirical"]
+
+
+class NonFiniteSums(ValueError):
+    """What was added up over the data is no number."""
 
 
 class Curvature(ABC):
@@ -236,7 +240,7 @@ class Curvature(ABC):
                 keep = kept if k + 1 < self.num_passes else None
                 for ids, batch in bar:
                     self.observe(capture, ids, batch, loss, keep=keep)
-                self.finish_pass()
+                self.close_pass(capture, loader, loss)
         return self
 
     def observe(
@@ -260,6 +264,43 @@ class Curvature(ABC):
             loss: Per-example loss; None resolves it from this batch.
             keep: Where to keep the records for the next pass.
         """
+        records = self._records(capture, ids, batch, loss)
+        records = records if keep is None else keep.keeping(records)
+        for component, record in zip(capture.components, records, strict=True):
+            self.update(component, record)
+
+    def close_pass(
+        self,
+        capture: GradientCapture,
+        examples: ExampleLoader,
+        loss: ExampleLoss | Callable[[nn.Module, Any], Tensor] | None = None,
+    ) -> None:
+        """`finish_pass`; where it fails for numbers that are none, a look for the examples that are to blame.
+
+        Args:
+            capture: As in `observe`.
+            examples: Those of the pass.
+            loss: As in `observe`.
+
+        Raises:
+            ValueError: As `finish_pass`, with the ids of examples whose gradient is not finite.
+        """
+        try:
+            self.finish_pass()
+        except NonFiniteSums:
+            for ids, batch in examples:
+                records = self._records(capture, ids, batch, loss)
+                for component, record in zip(capture.components, records, strict=True):
+                    check_gradients(ids, record.squared_norms().isfinite(), f"examples by {component.name!r}")
+            raise
+
+    def _records(
+        self,
+        capture: GradientCapture,
+        ids: Tensor,
+        batch: Any,
+        loss: ExampleLoss | Callable[[nn.Module, Any], Tensor] | None,
+    ) -> Iterator[LayerRecord]:
         batch = to_device(batch, next(capture.model.parameters()).device)
         found = resolve_loss(capture.model, batch, loss)
 
@@ -268,11 +309,7 @@ class Curvature(ABC):
                 return found.losses(model, batch)
             return found.sampled_losses(model, batch, Uniforms(ids, self.seed))
 
-        n = found.batch_size(batch)
-        records = capture.record(batch, losses, ids, found.position_mask(batch), n)
-        records = records if keep is None else keep.keeping(records)
-        for component, record in zip(capture.components, records, strict=True):
-            self.update(component, record)
+        return capture.record(batch, losses, ids, found.position_mask(batch), found.batch_size(batch))
 
     def __repr__(self) -> str:
         """How to build an unfitted twin."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_influence.capture import Component, LayerRecord
 from lightning_influence.capture.contexts import full_precision
-from lightning_influence.curvature.base import Curvature, Fisher, check_fisher
+from lightning_influence.curvature.base import Curvature, Fisher, NonFiniteSums, check_fisher
 from lightning_influence.curvature.blocks import Block, load_block
 from lightning_influence.curvature.common import Common
 from lightning_influence.curvature.damping import check_damping, check_invertible, damping_of
@@ -119,7 +119,7 @@ class BlockwiseCurvature(Curvature):
             self._note_finite()
             first = next((ids.tolist() for ids, finite in self._finite if not finite), None)
             where = "" if first is None else f" from the batch with ids {first[:64]} on"
-            raise ValueError(
+            raise NonFiniteSums(
                 f"`{type(self).__name__}.finish_pass()`: the sums of {wild[:8]} are not finite{where}, though every "
                 "loss was: the inputs or gradients of some example are no numbers, or too large to be squared. "
                 "Expected examples on a common scale; look for extreme values in the data."

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.capture import Component, LayerRecord
-from lightning_influence.curvature.base import Curvature, Fisher, check_fisher, symmetric
+from lightning_influence.curvature.base import Curvature, Fisher, NonFiniteSums, check_fisher, symmetric
 from lightning_influence.curvature.damping import check_damping, check_invertible, damping_of
 from lightning_influence.errors import StoreError
 
@@ -71,11 +71,14 @@ class Exact(Curvature):
         """Decompose.
 
         Raises:
-            ValueError: If no example was seen, or the damping is lost in rounding beside the eigenvalues.
+            ValueError: If no example was seen, the sums are not finite, or the damping is lost in rounding beside the
+                eigenvalues.
         """
         examples = float(self._sums["examples"]) if self._sums else 0.0
         if not examples:
             raise ValueError("`Exact.finish_pass()`: no gradient was seen; expected at least one example.")
+        if not bool(self._sums["moments"].isfinite().all()):
+            raise NonFiniteSums("`Exact.finish_pass()`: the sums are not finite: the gradient of some example is not.")
         spectrum, basis = torch.linalg.eigh(symmetric(self._sums["moments"]) / examples)
         # Contiguous as it will be read back from a store, so that solving rounds in the same way.
         self.eigenvalues, self.basis = spectrum.clamp_min(0), basis.contiguous()

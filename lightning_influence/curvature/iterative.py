@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from lightning_influence.capture import Component, ExampleLoader, ExampleLoss, LayerRecord
 from lightning_influence.capture.component import Select
-from lightning_influence.capture.finite import NanPolicy, check_nan_policy, omit_nonfinite
+from lightning_influence.capture.finite import NanPolicy, check_gradients, check_nan_policy, omit_nonfinite
 from lightning_influence.curvature.base import Curvature, Fisher, check_fisher, loss_for
 from lightning_influence.curvature.damping import check_damping, damping_of
 from lightning_influence.curvature.products import PRODUCTS, CurvatureProduct, ProductKind
@@ -109,12 +109,7 @@ class IterativeCurvature(Curvature):
         if not self._sums:
             self._sums = {"squares": torch.zeros((), dtype=torch.float64), "examples": torch.tensor(0)}
         squares = record.squared_norms().double().cpu()
-        wild = record.ids[~squares.isfinite()]
-        if len(wild):
-            raise ValueError(
-                f"the gradient of {len(wild)} of {len(record)} examples by {component.name!r} is not finite, or too "
-                f"large to be squared (ids {wild[:8].tolist()}). Remove these examples or repair the model."
-            )
+        check_gradients(record.ids, squares.isfinite(), f"examples by {component.name!r}")
         self._sums["squares"] += squares.sum()
         if component.name == self.components[0].name:
             self._sums["examples"] += len(record)

@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from lightning_influence.capture import Component, LayerRecord
 from lightning_influence.capture.component import Select
-from lightning_influence.capture.finite import NanPolicy, check_nan_policy
+from lightning_influence.capture.finite import NanPolicy, check_gradients, check_nan_policy
 from lightning_influence.curvature import EKFAC, Curvature
 from lightning_influence.errors import NotFittedError
 from lightning_influence.estimators.base import Estimator, Labels, Loss, damping_label, inverse_length
@@ -119,6 +119,8 @@ class InfluenceFunction(Estimator):
             for records in self._records(loader, "whitened gradients", labels, seed):
                 found = dict(records)
                 rows.append(self.curvature.whitened(found.items()).cpu())
+                ids = next(iter(found.values())).ids
+                check_gradients(ids, rows[-1].sum(1).isfinite(), "examples")
                 if self.normalise:
                     squares = torch.stack([record.squared_norms().cpu() for record in found.values()]).sum(0)
                     rows[-1] *= inverse_length(squares)[:, None]

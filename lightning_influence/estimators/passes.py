@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from lightning_influence.capture import Component, ExampleLoader, GradientCapture, LayerRecord
 from lightning_influence.capture.batches import to_device
+from lightning_influence.capture.finite import check_gradients
 from lightning_influence.curvature.base import loss_for
 from lightning_influence.estimators.low_rank import Operand, contract, gathered, low_rank
 from lightning_influence.estimators.queries import Aggregate, Labels, Loss, inverse_length, sampled_losses, warn_of_flat
@@ -98,6 +99,9 @@ class Passes(ABC):
                 for component, record in records:
                     found[component.name].append(self._query_gradient(component, record))
         gradients = {name: torch.cat(parts) for name, parts in found.items()}
+        check_gradients(
+            loader.ids, torch.stack([g.flatten(1).sum(1) for g in gradients.values()]).isfinite().all(0), "queries"
+        )
         warn_of_flat(type(self).__name__, self.query_loss, gradients)
         if not self.normalise:
             return gradients
@@ -128,11 +132,13 @@ class Passes(ABC):
             if self.normalise:
                 squares.append(record.squared_norms().cpu())
         values = torch.stack(parts) if per_component else parts[0]
+        check_gradients(record.ids, values.flatten(0, -2).isfinite().all(0), "training examples")
         return values * inverse_length(torch.stack(squares).sum(0)) if self.normalise else values
 
     def _self_columns(self, records: Mapping[str, LayerRecord]) -> Tensor:
         """``<T g_i, g_i>`` of one batch, [c, n]."""
         values = self._self_products(records).cpu()
+        check_gradients(next(iter(records.values())).ids, values.isfinite().all(0), "training examples")
         if not self.normalise:
             return values
         squares = torch.stack([record.squared_norms().cpu() for record in records.values()]).sum(0)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_influence.capture import Component, LayerRecord
 from lightning_influence.capture.contexts import full_precision
+from lightning_influence.capture.finite import check_gradients
 from lightning_influence.capture.record import CHUNK, FactoredRecord, IndexedRecord, SumRecord
 
 
@@ -102,6 +103,7 @@ class Positions:
                 inside += by_position(record, queries[name]).cpu()
             else:
                 outside += record.contract(queries[name]).cpu()
+        check_gradients(found[0][1].ids, (inside.sum(2) + outside).isfinite().all(0), "training examples")
         kept = torch.ones(n, t, dtype=torch.bool) if mask is None else mask.cpu()
         outside += (inside * ~kept).sum(2)  # padding on the left predicts the first token
         dtype = queries[found[0][0]].dtype

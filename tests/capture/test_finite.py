@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_influence import EKFAC, ExampleLoader, GradientDot, omit_nonfinite
-from lightning_influence.capture.finite import check_nan_policy
+from lightning_influence.capture.finite import check_gradients, check_nan_policy
 from tests.curvature.models import mlp, normal, points
 
 
@@ -58,3 +58,11 @@ def test_a_policy_is_checked() -> None:
     with pytest.raises(ValueError, match=r"`EKFAC.fit\(nan_policy='drop'\)`: expected 'raise' .* or 'omit'"):
         EKFAC().fit(mlp(), points(), nan_policy="drop")  # type: ignore[arg-type]
     check_nan_policy("x", "omit")
+
+
+def test_gradients_that_are_no_numbers_are_named() -> None:
+    finite = torch.tensor([True, False, True, False])
+    check_gradients([5, 6, 7, 8], finite | True, "queries")
+    for ids in ([5, 6, 7, 8], torch.arange(5, 9)):
+        with pytest.raises(ValueError, match=r"the gradient of 2 of 4 queries is not finite.* \(ids \[6, 8\]\)"):
+            check_gradients(ids, finite, "queries")

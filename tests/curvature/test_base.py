@@ -173,6 +173,17 @@ def test_settings_and_state_are_everything(name: str) -> None:
     assert torch.equal(solved(twin), solved(curvature))
 
 
+@pytest.mark.parametrize("name", FITTED)
+def test_an_example_with_a_gradient_that_is_no_number_is_named(name: str) -> None:
+    """Its loss is finite: tanh sees to that."""
+    data = points(11)
+    data[6] = (torch.tensor([0.0, float("inf"), 0.0]).double(), data[6][1])
+    curvature = CURVATURES[name](**SMALL.get(name, {}))
+    with pytest.raises(ValueError, match=r"the gradient of 1 of 4 examples by '0' is not finite.* \(ids \[6\]\)"):
+        curvature.fit(mlp(), data, batch_size=4)
+    assert not curvature.fitted
+
+
 @pytest.mark.parametrize("name", MEMBERS)
 @pytest.mark.parametrize(("own", "given"), [(torch.float64, torch.float32), (torch.float32, torch.float64)])
 def test_gradients_may_be_of_another_precision(name: str, own: torch.dtype, given: torch.dtype) -> None:

@@ -63,7 +63,7 @@ def test_a_state_must_cover_all_components() -> None:
 
 
 def test_the_batch_with_gradients_that_are_no_numbers_is_told() -> None:
-    """The loss of example 5 is finite, its gradient is not: that of sqrt at 0."""
+    """The loss of example 5 is finite, its gradient is not: that of sqrt at 0. Who has the data is told more."""
 
     class Root(torch.nn.Module):
         def __init__(self) -> None:
@@ -75,13 +75,26 @@ def test_the_batch_with_gradients_that_are_no_numbers_is_told() -> None:
 
     data = points(9)
     data[5] = (torch.zeros(3).double(), data[5][1])
+    curvature = EKFAC(fisher="empirical")
+    with GradientCapture(ready(Root())) as capture:
+        curvature.start(capture.components)
+        for ids, batch in ExampleLoader(data, 3):
+            curvature.observe(capture, ids, batch)
     with pytest.raises(ValueError, match=r"not finite from the batch with ids \[3, 4, 5\] on, though every loss was"):
-        EKFAC(fisher="empirical").fit(ready(Root()), data, batch_size=3)
+        curvature.finish_pass()
+    with pytest.raises(ValueError, match=r"the gradient of 1 of 3 examples by 'layer' is not finite.*\(ids \[5\]\)"):
+        curvature.fit(ready(Root()), data, batch_size=3)
 
 
 def test_values_too_large_to_be_squared_are_told_in_words() -> None:
     data = points(4)
     data[2] = (torch.tensor([1e200, 0.0, 0.0]).double(), data[2][1])
+    with pytest.raises(ValueError, match=r"not finite, or too large to be squared \(ids \[2\]\)"):
+        EKFAC(fisher="empirical").fit(mlp(), data)
+
+
+def test_sums_that_are_too_large_only_together() -> None:
+    data = [(torch.full((3,), 5e153).double(), y) for _, y in points(40)]
     with pytest.raises(ValueError, match=r"EKFAC.finish_pass\(\)`: the sums of \['0'\] are not finite from the batch"):
         EKFAC(fisher="empirical").fit(mlp(), data)
 

@@ -173,6 +173,21 @@ def test_a_loss_that_is_not_finite_is_named_and_the_model_left_as_it_was(name: s
 
 
 @pytest.mark.parametrize("name", MEMBERS)
+def test_a_gradient_that_is_not_finite_is_named(name: str) -> None:
+    """Though the loss is, for tanh ends at 1."""
+    estimator, data = MEMBERS[name](mlp(), points(9)), points(9)
+    data[5] = (torch.tensor([0.0, float("inf"), 0.0]).double(), data[5][1])
+    for call in ("score", "token_scores") if name == "GradientDot" else ("score",):
+        with pytest.raises(ValueError, match=r"the gradient of 1 of 9 training examples is not finite.* \(ids \[5\]\)"):
+            getattr(estimator, call)(points(3), data)
+        with pytest.raises(ValueError, match=r"the gradient of 1 of 9 queries is not finite.* \(ids \[5\]\)"):
+            getattr(estimator, call)(data, points(3))
+    if name in ("GradientDot", "InfluenceFunction"):
+        with pytest.raises(ValueError, match=r"the gradient of 1 of 9 training examples is not finite"):
+            estimator.self_influence(data)
+
+
+@pytest.mark.parametrize("name", MEMBERS)
 def test_arguments(name: str) -> None:
     estimator = MEMBERS[name](ready(Mixed()))
     with pytest.raises(ValueError, match=rf"`{name}.score\(labels='true'\)`: expected 'data' or 'sampled'"):
