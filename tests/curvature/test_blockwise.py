@@ -94,7 +94,7 @@ def test_values_too_large_to_be_squared_are_told_in_words() -> None:
 
 
 def test_sums_that_are_too_large_only_together() -> None:
-    data = [(torch.full((3,), 5e153).double(), y) for _, y in points(40)]
+    data = [(torch.full((3,), 5e153, dtype=torch.float64), y) for _, y in points(40)]
     with pytest.raises(ValueError, match=r"EKFAC.finish_pass\(\)`: the sums of \['0'\] are not finite from the batch"):
         EKFAC(fisher="empirical").fit(mlp(), data)
 
