@@ -8,11 +8,17 @@ Each run is a process of its own that memory-maps float16 features. Two kinds of
 - isotropic: independent normal numbers, where no direction leads and bounds can skip nothing.
 
 b = F v for a random v of the features' own spectrum, scaled so that the k rows of the largest b, taken together, just
-use up the gain along their sum. The rival is the library's own plain loop: one blocked float64 product F (M U) per
-pick, same threads. With --quick both run whole, in turns. Otherwise the plain loop is timed and compared at a number of
-picks spread over the run (each from the picks before it), half of them before the fast run and half after it, and its
-total is the median of a pick times k: an estimate, and called so. For scale, the time of one product in float32, which
-could not tell near ties apart, is shown too.
+use up the gain along their sum. Two rivals evaluate every row for every pick, in blocks, with the same library and as
+many threads: `speedup_plain` is against one float32 product F (M U) a pick, all in float32, which near ties may lead
+to other picks; `speedup_float64` against the package's own plain loop, whose products are in float64 and whose picks
+have to be the same. Of the rivals only the picks are timed, not what is done once; of the fast way all of `select`.
+With --quick all run whole, once. Otherwise picks of both rivals are timed, and those in float64 compared, at a
+number of places spread over the run (each from the picks before it), half of them before the fast run and half after
+it; their totals are the median of a pick times k: an estimate, and called so.
+
+With one thread the seconds are those of the processor, which others that use the machine do not add to. Memory is the
+peak that `select` adds to what is held after a small one has loaded the libraries (Linux only); the pages of the file
+are counted.
 """
 
 from __future__ import annotations
@@ -24,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -68,43 +75,69 @@ def first_order(features: np.ndarray[Any, Any], kind: str, k: int) -> Tensor:
     return values * float(group @ group / values[best].sum())
 
 
+def clock() -> float:
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def status_mib(field: str) -> float:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) / 1024
 
 
 def child(job: dict[str, Any]) -> dict[str, Any]:
-    """One run: whole with either method, or some plain picks at given places of a run."""
-    torch.eye(64).double() @ torch.eye(64).double()  # the libraries behind it are loaded before memory is measured
-    before, n, d, k = status_mib("VmRSS"), job["n"], job["d"], job["k"]
-    features, values = open_features(Path(job["features"]), n, d), torch.from_numpy(np.load(job["values"]))
-    if job["task"] != "steps":
-        begun = time.perf_counter()
-        selection = InteractionGreedy(job["task"]).select(values, features, budget=k)
-        seconds = time.perf_counter() - begun
-        return {"seconds": seconds, "picks": selection.positions, "peak_mib": status_mib("VmHWM") - before}
+    """One run: whole with some method, or single picks of both rivals at given places of a run."""
+    features = open_features(Path(job["features"]), job["n"], job["d"])
+    values = torch.from_numpy(np.load(job["values"]))
+    if job["task"] == "float32":
+        seconds, picks = float32_picks(values, features, job["k"], [])
+        return {"seconds": sum(seconds), "picks": picks}
+    if job["task"] == "steps":
+        return steps(job, values, features)
+    few = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
+    InteractionGreedy("pruned").select(few[:, 0], few, budget=20)  # loads libraries before memory is measured
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far: imports take more than what they leave
+    before, begun = status_mib("VmRSS"), clock()
+    selection = InteractionGreedy(job["task"]).select(values, features, budget=job["k"])
+    return {"seconds": clock() - begun, "picks": selection.positions, "peak_mib": status_mib("VmHWM") - before}
+
+
+def steps(job: dict[str, Any], values: Tensor, features: np.ndarray[Any, Any]) -> dict[str, Any]:
+    """Seconds of one pick of either rival, given the picks before it, and the float64 picks."""
     pool = Factors.checked("greedy", values, features)
-    seconds, picks = [], []
+    found: dict[str, list[Any]] = {"seconds": [], "float32": [], "picks": []}
     for step in job["steps"]:
         ahead = plain_picks(pool, 2, job["picks"][:step])
         first = next(ahead)  # includes what is done once
-        begun = time.perf_counter()
-        picks.append([first, next(ahead)])
-        seconds.append(time.perf_counter() - begun)
-    return {"seconds": seconds, "picks": picks, "float32": float32_product(features)}
+        begun = clock()
+        found["picks"].append([first, next(ahead)])
+        found["seconds"].append(clock() - begun)
+        found["float32"].append(min(float32_picks(values, features, 2, job["picks"][:step])[0]))
+    return found
 
 
-def float32_product(features: np.ndarray[Any, Any]) -> float:
-    """Seconds of one blocked product F u in float32, from float16 features in memory."""
-    rows, vector = torch.from_numpy(features.view(np.ndarray).copy()), torch.ones(features.shape[1])
-    size = max(1, 2**18 // features.shape[1])
-    scratch, times = torch.empty(size, features.shape[1]), []
-    for _ in range(3):
-        begun = time.perf_counter()
-        for block in rows.split(size):
-            scratch[: len(block)].copy_(block) @ vector
-        times.append(time.perf_counter() - begun)
-    return min(times)
+def float32_picks(
+    values: Tensor, features: np.ndarray[Any, Any], count: int, before: list[int]
+) -> tuple[list[float], list[int]]:
+    """Algorithm 1 in float32: seconds of each pick, and the picks."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        rows = torch.from_numpy(features)
+    size = max(1, 2**19 // rows.shape[1])  # quickest on the processor at hand
+    block = torch.empty(size, rows.shape[1])
+    alone = torch.cat([0.5 * part.float().square().sum(dim=1) for part in rows.split(size)]) - values.float()
+    alone[before] = torch.inf
+    total = torch.zeros(rows.shape[1])
+    for part in torch.tensor(before, dtype=torch.long).split(size):
+        total += rows[part].float().sum(dim=0)
+    seconds, picks = [], []
+    for _ in range(count):
+        begun = clock()
+        products = [block[: len(part)].copy_(part) @ total for part in rows.split(size)]
+        picks.append(int((alone + torch.cat(products)).argmin()))
+        alone[picks[-1]] = torch.inf
+        total += rows[picks[-1]].float()
+        seconds.append(clock() - begun)
+    return seconds, picks
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
@@ -116,44 +149,50 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare_whole(job: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """Both methods from the first to the last pick, in turns."""
-    runs: dict[str, list[dict[str, Any]]] = {"pruned": [], "plain": []}
-    for round_ in range(rounds):
-        for task in ("pruned", "plain") if round_ % 2 else ("plain", "pruned"):
-            runs[task].append(run({**job, "task": task}))
-    fast, plain = (statistics.median(r["seconds"] for r in runs[task]) for task in ("pruned", "plain"))
-    same = all(r["picks"] == runs["plain"][0]["picks"] for r in runs["pruned"])
-    print(f"  pruned {fast:.2f} s, plain {plain:.2f} s (medians of {rounds} whole runs)")
-    return {"fast": fast, "plain": plain, "same": same, "peak": max(r["peak_mib"] for r in runs["pruned"])}
+def compare_whole(job: dict[str, Any]) -> dict[str, Any]:
+    """All three from the first to the last pick."""
+    double, single, fast = (run({**job, "task": task}) for task in ("plain", "float32", "pruned"))
+    print(
+        f"  pruned {fast['seconds']:.2f} s, plain {single['seconds']:.2f} s in float32, {double['seconds']:.2f} s in "
+        "float64 (whole runs)"
+    )
+    return {
+        "fast": fast["seconds"],
+        "float32": single["seconds"],
+        "float64": double["seconds"],
+        "same": fast["picks"] == double["picks"],
+        "peak": fast["peak_mib"],
+    }
 
 
 def compare_sampled(job: dict[str, Any], count: int) -> dict[str, Any]:
-    """The fast method whole; the plain one at picks spread over the run, before and after it."""
+    """The fast method whole; the plain ones at picks spread over the run, before and after it."""
     fast = run({**job, "task": "pruned"})
     places = sorted({round(i * (job["k"] - 2) / (count - 1)) for i in range(count)})
-    first = run({**job, "task": "steps", "picks": fast["picks"], "steps": places[::2]})
+    parts = [places[::2], places[1::2]]
+    first = run({**job, "task": "steps", "picks": fast["picks"], "steps": parts[0]})
     again = run({**job, "task": "pruned"})
-    second = run({**job, "task": "steps", "picks": fast["picks"], "steps": places[1::2]})
+    second = run({**job, "task": "steps", "picks": fast["picks"], "steps": parts[1]})
     same = fast["picks"] == again["picks"] and all(
         picks == fast["picks"][place : place + 2]
-        for part, where in ((first, places[::2]), (second, places[1::2]))
-        for place, picks in zip(where, part["picks"], strict=True)
+        for found, where in zip((first, second), parts, strict=True)
+        for place, picks in zip(where, found["picks"], strict=True)
     )
-    step, seconds = (
-        statistics.median(first["seconds"] + second["seconds"]),
-        statistics.median([fast["seconds"], again["seconds"]]),
-    )
+    double, single = (statistics.median(first[key] + second[key]) for key in ("seconds", "float32"))
+    seconds = statistics.median([fast["seconds"], again["seconds"]])
     print(
-        f"  pruned {seconds:.1f} s (2 whole runs); plain {step:.3f} s a pick (median of {len(places)} picks, also the "
-        f"ones compared), so about {step * job['k']:.0f} s for all: an estimate"
-    )
-    matvec = min(first["float32"], second["float32"])
-    print(
-        f"  one float32 product of all rows takes {matvec:.3f} s, so {matvec * job['k'] / seconds:.1f} x the fast run"
+        f"  pruned {seconds:.1f} s (2 whole runs); a plain pick {single:.3f} s in float32, {double:.3f} s in float64 "
+        f"(median of {len(places)} picks, also the ones compared), so about {single * job['k']:.0f} and "
+        f"{double * job['k']:.0f} s for all: estimates"
     )
     peak = max(fast["peak_mib"], again["peak_mib"])
-    return {"fast": seconds, "plain": step * job["k"], "same": same, "peak": peak}
+    return {
+        "fast": seconds,
+        "float32": single * job["k"],
+        "float64": double * job["k"],
+        "same": same,
+        "peak": peak,
+    }
 
 
 def main() -> None:
@@ -167,7 +206,7 @@ def main() -> None:
     if args.child:
         print(json.dumps(child(json.loads(sys.stdin.read()))))
         return
-    result: dict[str, dict[str, dict[str, Any]]] = {"speedup_plain": {}, "same_picks": {}, "peak_ratio": {}}
+    result: dict[str, dict[str, dict[str, Any]]] = {}
     for size in ["8000x1024x300"] if args.quick else args.sizes:
         n, d, k = (int(part) for part in size.split("x"))
         for kind in args.kinds:
@@ -177,17 +216,16 @@ def main() -> None:
                 np.save(values, first_order(open_features(features, n, d), kind, k).numpy())
                 print(f"N={n} d={d} k={k} {kind}, {torch.get_num_threads()} threads")
                 job = {"features": str(features), "values": str(values), "n": n, "d": d, "k": k}
-                found = compare_whole(job, 2) if args.quick else compare_sampled(job, args.plain_steps)
-            ratio = found["peak"] / (n * d * 2 / 2**20)
-            print(
-                f"  {found['plain'] / found['fast']:.1f} x, same picks: {found['same']}, memory {ratio:.2f} x features"
-            )
-            for name, value in (
-                ("speedup_plain", round(found["plain"] / found["fast"], 1)),
-                ("same_picks", found["same"]),
-                ("peak_ratio", round(ratio, 3)),
-            ):
-                result[name].setdefault(size, {})[kind] = value
+                found = compare_whole(job) if args.quick else compare_sampled(job, args.plain_steps)
+            figures = {
+                "speedup_plain": round(found["float32"] / found["fast"], 1),
+                "speedup_float64": round(found["float64"] / found["fast"], 1),
+                "same_picks": found["same"],
+                "peak_ratio": round(found["peak"] / (n * d * 2 / 2**20), 3),
+            }
+            print(" ", figures, flush=True)
+            for name, value in figures.items():
+                result.setdefault(name, {}).setdefault(size, {})[kind] = value
     print("RESULT", json.dumps(result))
 
 

@@ -55,13 +55,13 @@ class Admission:
         costs: Tensor | None = None,
         stops: bool = False,
     ) -> None:
-        none = torch.zeros_like(allowed, dtype=torch.long)
+        none = torch.zeros(1, dtype=torch.long, device=allowed.device)
         self._pool, self._room, self._left = pool, room, allowed.clone()
         self._by_rows = sizes is None
-        self._sizes = none + 1 if sizes is None else sizes
-        self._groups = none if groups is None else groups
-        self._missing = none[:1].clone() if minimum is None else minimum.clone()
-        self._spare = none[:1] + len(allowed) if maximum is None else maximum.clone()
+        self._sizes = (none + 1).expand(len(allowed)) if sizes is None else sizes
+        self._groups = none.expand(len(allowed)) if groups is None else groups
+        self._missing = none.clone() if minimum is None else minimum.clone()
+        self._spare = none + len(allowed) if maximum is None else maximum.clone()
         self._demand, self._dearest = torch.zeros_like(self._missing), torch.zeros_like(self._missing)
         self._largest = int(self._sizes.max())
         self.most = min(len(allowed), room // int(self._sizes.min()))

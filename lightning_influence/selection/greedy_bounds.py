@@ -20,12 +20,12 @@ _FLOAT32, _FLOAT16, _FLOAT64 = 2.0**-24, 2.0**-11, 2.0**-53  # relative errors o
 
 @dataclass(frozen=True)
 class BoundTable:
-    """What the bounds at m vectors w have in common: one line per reference, one column per vector.
+    """What the bounds at m vectors w have in common.
 
     Attributes:
         coordinates: Vᵀw [p, m] in the units of the stored coordinates.
-        across: How far w is from each reference outside the directions [references, m].
-        slack: What rounding may add per unit of a row's norm [references, m].
+        across: How far the farthest w is from each reference outside the directions [references].
+        slack: What rounding may add per unit of a row's norm [references], at the worst w.
     """
 
     coordinates: Tensor
@@ -68,7 +68,7 @@ class GreedyBounds:
         """Norms, self-interactions, coordinates and what they leave, in one pass over the features."""
         assert pool.features is not None
         start, largest = 0, torch.finfo(torch.float16).max / 2
-        peak = max((float(block.abs().max()) for block in pool.blocks()), default=0.0)
+        peak = pool.largest() if len(pool) else 0.0
         self._scale = max(peak * math.sqrt(pool.features.shape[1]) / largest, torch.finfo(torch.float32).tiny)
         for block in pool.blocks():
             part = slice(start, start + len(block))
@@ -87,13 +87,13 @@ class GreedyBounds:
         """Rows from start to stop whose bound does not exceed the limit [m] at every vector."""
         part = slice(start, stop)
         line = self._line[part].int()
-        bounds = torch.addmm(self.low[part, None], self._coordinates[part].float(), table.coordinates)
-        bounds -= self._rest[part, None] * table.across[line]
-        bounds -= (self.norms[part, None] + self._floor) * table.slack[line]
-        above = (
-            bounds > (limits + limits.abs() * 4 * _FLOAT32).float()
-        )  # false for NaN, which numbers beyond float32 may give: such rows are looked at
-        return (~above).any(dim=1).nonzero().flatten() + start
+        low = self.low[part] - self._rest[part] * table.across[line]
+        low -= (self.norms[part] + self._floor) * table.slack[line]
+        # limits and coordinates of a row are added up in float32, of which the limits take the roundings
+        high = limits + limits.abs() * (len(table.coordinates) + 8) * _FLOAT32
+        along = torch.addmm(-high.float(), self._coordinates[part].float(), table.coordinates).amin(dim=1)
+        above = low + along > 0  # false for NaN, which numbers beyond float32 may give: such rows are looked at
+        return (~above).nonzero().flatten() + start
 
     def estimates(self, w: Tensor, block: int) -> Tensor:
         """Scores [n] at a vector, float32, as if what the directions leave were 0."""
@@ -112,7 +112,8 @@ class GreedyBounds:
         across = (squares - shift.square()).clamp(min=0) + 8 * r * _FLOAT64 * sizes.square()
         slack = (p + 16) * _FLOAT32 * sizes + 1.01 * _FLOAT16 * shift
         up = 1 + 8 * _FLOAT32
-        return BoundTable((along.T * self._scale).float(), (across.sqrt() * up).float(), (slack * up).float())
+        across, slack = (part.amax(dim=1).mul(up).float() for part in (across.sqrt(), slack))
+        return BoundTable((along.T * self._scale).float(), across, slack)
 
     def add_reference(self, w: Tensor) -> int:
         """Makes w [r] a reference and returns its line; rows that refer to the one it replaces are brought over."""
