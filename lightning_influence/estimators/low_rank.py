@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
@@ -14,8 +15,7 @@ from lightning_influence.capture import Component, LayerRecord
 from lightning_influence.capture.contexts import full_precision
 from lightning_influence.capture.record import CHUNK, FactoredRecord
 
-WIDE = 1024 * 1024  # entries of a matrix up to which its singular values are computed in float64
-WRITTEN = 32  # multiplications of a matrix product that take as long as one entry of a rebuilt matrix takes to write
+WRITTEN = 32  # multiplications of a matrix product that take as long as one entry of a result takes to write
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,15 +25,22 @@ class LowRank:
     Attributes:
         left: [q, o, r].
         right: [q, r, i].
+        keeps: Whether there is memory for the matrices too, once they are needed.
     """
 
     left: Tensor
     right: Tensor
+    keeps: bool = False
 
     @full_precision()
     def dense(self) -> Tensor:
         """[q, o, i]."""
         return torch.bmm(self.left, self.right)
+
+    @cached_property
+    def kept(self) -> Tensor:
+        """The same, made once."""
+        return self.dense()
 
 
 Operand: TypeAlias = Tensor | LowRank
@@ -90,18 +97,29 @@ def truncated(matrices: Tensor, rank: int | float) -> Operand:
         matrices: [q, o, i].
         rank: An int for the rank; a float for the share.
     """
-    q, o, i = matrices.shape
-    u, s, v = torch.linalg.svd(matrices.double() if o * i <= WIDE else matrices, full_matrices=False)
-    if isinstance(rank, float):
-        energy = s.square().cumsum(1)
-        kept = (energy < rank * energy[:, -1:]).sum(1) + 1  # each query its own, whatever else is in the block
-    else:
-        kept = s.new_full((q,), rank, dtype=torch.int64)
-    kept = kept.clamp(max=s.shape[1])
-    r = int(kept.max())
-    s = torch.where(torch.arange(r, device=s.device) < kept[:, None], s[:, :r], 0)
-    found = LowRank((u[:, :, :r] * s[:, None]).to(matrices.dtype), v[:, :r].to(matrices.dtype))
+    _, o, i = matrices.shape
+    tall = matrices if o >= i else matrices.mT
+    bases = [_leading(matrix, rank) for matrix in tall]  # each query its own rank, whatever else is in the block
+    r = max(basis.shape[1] for basis in bases)
+    thin = torch.stack([F.pad(basis, (0, r - basis.shape[1])) for basis in bases])
+    wide = torch.bmm(tall, thin)
+    found = LowRank(wide, thin.mT) if o >= i else LowRank(thin, wide.mT)
     return found if r * (o + i) < o * i else found.dense()
+
+
+def _leading(matrix: Tensor, rank: int | float) -> Tensor:
+    """Leading right singular vectors [i, r] of a tall matrix [o, i], in its dtype.
+
+    They are the eigenvectors of its Gram matrix, in float64: a third of the work of singular values. The Gram matrix
+    knows small singular values less well, but their squares, which make up the energy, to rounding of the largest; and
+    what is projected onto the leading vectors has an error of second order in theirs.
+    """
+    wide = matrix.double()
+    energies, vectors = torch.linalg.eigh(wide.mT @ wide)
+    if isinstance(rank, float):
+        energy = energies.clamp_min(0).flip(0).cumsum(0)
+        rank = int((energy < rank * energy[-1]).sum()) + 1
+    return vectors[:, -min(rank, len(energies)) :].flip(1).to(matrix.dtype)
 
 
 def gathered(blocks: Iterable[dict[str, Operand]], memory: int) -> Iterator[dict[str, Operand]]:
@@ -109,16 +127,17 @@ def gathered(blocks: Iterable[dict[str, Operand]], memory: int) -> Iterator[dict
 
     Args:
         blocks: Of truncated queries.
-        memory: Bytes for what is joined; the block that is truncated next comes on top.
+        memory: Bytes for what is joined; the block that is truncated next comes on top. Where they hold the matrices
+            beside their factors, those that are needed are made once.
     """
     kept: list[dict[str, Operand]] = []
     for block in blocks:
         if kept and sum(map(_size, (*kept, block))) > memory:
-            yield _joined(kept)
+            yield _joined(kept, memory)
             kept = []
         kept.append(block)
     if kept:
-        yield _joined(kept)
+        yield _joined(kept, memory)
 
 
 def _size(block: Mapping[str, Operand]) -> int:
@@ -126,8 +145,11 @@ def _size(block: Mapping[str, Operand]) -> int:
     return sum(t.numel() * t.element_size() for t in parts)
 
 
-def _joined(blocks: list[dict[str, Operand]]) -> dict[str, Operand]:
-    return {name: _stacked([block[name] for block in blocks]) for name in blocks[0]}
+def _joined(blocks: list[dict[str, Operand]], memory: int) -> dict[str, Operand]:
+    joined = {name: _stacked([block[name] for block in blocks]) for name in blocks[0]}
+    matrices = sum(v.left[:, :, :1].nbytes * v.right.shape[2] for v in joined.values() if isinstance(v, LowRank))
+    keeps = _size(joined) + matrices <= memory
+    return {name: replace(v, keeps=keeps) if isinstance(v, LowRank) else v for name, v in joined.items()}
 
 
 def _stacked(parts: list[Operand]) -> Operand:
@@ -146,6 +168,8 @@ def contract(record: LayerRecord, gradients: Operand) -> Tensor:
     if not isinstance(gradients, LowRank):
         return record.contract(gradients)
     if not isinstance(record, FactoredRecord) or not thin_is_cheaper(record, gradients):
+        if gradients.keeps:
+            return record.contract(gradients.kept)
         return torch.cat([record.contract(part.dense()) for part in _few(gradients)])
     (n, t, i, o), (q, _, r) = record.sizes, gradients.left.shape
     right, left = gradients.right.reshape(q * r, i), gradients.left.mT.reshape(q * r, o)
@@ -166,8 +190,13 @@ def _few(gradients: LowRank) -> Iterator[LowRank]:
 
 
 def thin_is_cheaper(record: FactoredRecord, gradients: LowRank) -> bool:
-    """Whether ``sum over t of (s_t^T left)(right a_t)`` is less work than the matrices rebuilt, by multiplications."""
+    """Whether ``sum over t of (s_t^T left)(right a_t)`` is less work than the matrices rebuilt, by multiplications.
+
+    With those, training gradients are formed unless a product with every position is less. Matrices that are kept cost
+    nothing, so that low rank never takes longer than the whole rank does.
+    """
     (n, t, i, o), (q, _, r) = record.sizes, gradients.left.shape
+    rebuilt = 0 if gradients.keeps else q * o * i * (r + WRITTEN)
     direct = n * t * q * o * (i + 1)
-    through = n * t * o * i + q * n * o * i
-    return n * t * q * r * (i + o + 1) <= q * o * i * (r + WRITTEN) + (through if q * t > q + t else direct)
+    through = n * o * i * (t + q + WRITTEN)
+    return n * t * q * r * (i + o + WRITTEN) <= rebuilt + (through if q * t > q + t else direct)

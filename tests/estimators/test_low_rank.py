@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -111,8 +112,9 @@ def test_contraction_is_that_of_the_matrices(sizes: tuple[int, int, int, int], q
     record = FactoredRecord(torch.arange(n), normal(n, t, i), normal(n, t, o, seed=1))
     operand = LowRank(normal(q, o, rank, seed=2), normal(q, rank, i, seed=3))
     expected = torch.einsum("qor,qri,nto,nti->qn", operand.left, operand.right, record.gradients, record.inputs)
-    torch.testing.assert_close(contract(record, operand), expected)
-    torch.testing.assert_close(contract(DenseRecord(record.ids, record.example_gradients()), operand), expected)
+    for found in (operand, replace(operand, keeps=True)):
+        torch.testing.assert_close(contract(record, found), expected)
+        torch.testing.assert_close(contract(DenseRecord(record.ids, record.example_gradients()), found), expected)
 
 
 @pytest.mark.parametrize("chunk", [1, 100])
@@ -127,11 +129,13 @@ def test_a_part_at_a_time(chunk: int, t: int, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_cheaper_way_is_taken() -> None:
-    def cheap(n: int, t: int, size: int, q: int, r: int) -> bool:
+    def cheap(n: int, t: int, size: int, q: int, r: int, keeps: bool = False) -> bool:
         record = FactoredRecord(torch.arange(n), torch.empty(n, t, size), torch.empty(n, t, size))
-        return thin_is_cheaper(record, LowRank(torch.empty(q, size, r), torch.empty(q, r, size)))
+        return thin_is_cheaper(record, LowRank(torch.empty(q, size, r), torch.empty(q, r, size), keeps))
 
     assert cheap(8, 64, 256, 10, 2)
+    assert cheap(1, 128, 512, 10, 40)
+    assert not cheap(1, 128, 512, 10, 40, keeps=True)
     assert not cheap(8, 64, 16, 10, 8)
     assert cheap(1, 1, 256, 1, 8)
 
@@ -162,6 +166,9 @@ def test_blocks_are_joined_within_memory() -> None:
         found = list(gathered(iter(blocks), memory))
         assert [len(block["b"]) for block in found] == sizes
         torch.testing.assert_close(torch.cat([dense(block["a"]) for block in found]), whole)
+    for memory, keeps in ((8 * (96 + 12 + 144), True), (8 * (96 + 12 + 143), False)):  # factors, b, matrices
+        [found] = gathered(iter(blocks), memory)
+        assert found["a"].keeps == keeps
     mixed = list(gathered(iter([blocks[0], {"a": whole[1:2], "b": normal(1, 3)}]), 10**6))
     torch.testing.assert_close(dense(mixed[0]["a"]), whole[:2])
 
