@@ -119,7 +119,8 @@ def _leading(matrix: Tensor, rank: int | float) -> Tensor:
     if isinstance(rank, float):
         energy = energies.clamp_min(0).flip(0).cumsum(0)
         rank = int((energy < rank * energy[-1]).sum()) + 1
-    return vectors[:, -min(rank, len(energies)) :].flip(1).to(matrix.dtype)
+    leading: Tensor = vectors[:, -min(rank, len(energies)) :].flip(1).to(matrix.dtype)
+    return leading
 
 
 def gathered(blocks: Iterable[dict[str, Operand]], memory: int) -> Iterator[dict[str, Operand]]:
