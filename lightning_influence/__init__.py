@@ -76,6 +76,7 @@ from lightning_influence.estimators import (
     merged,
     pair_products,
     score_features,
+    unseen_squares,
 )
 from lightning_influence.evaluation import (
     AgreementReport,
@@ -226,6 +227,7 @@ __all__ = [  # noqa: RUF022  in the order in which data flows
     "Interactions",
     "score_features",
     "kernel_features",
+    "unseen_squares",
     "ClassInteractions",
     "Spectrum",
     "Selection",

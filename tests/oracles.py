@@ -81,15 +81,14 @@ def greedy(values: Tensor, interactions: Tensor, budget: int, ids: Sequence[int 
 
 
 def newton_objective(
-    values: Tensor, features: Tensor, metric: Tensor | None, rows: Sequence[int], damping: float
+    values: Tensor, features: Tensor, metric: Tensor | None, rows: Sequence[int], damping: float | Tensor
 ) -> float:
-    """−b̄ᵀw + ½ wᵀMw of the Newton step w = Φ_Sᵀ(damping I + Φ_SΦ_Sᵀ)⁻¹1, one dense solve."""
+    """−b̄ᵀw + ½ wᵀMw of the Newton step w = Φ_Sᵀ(D + Φ_SΦ_Sᵀ)⁻¹1, one dense solve; D of one damping or one a row."""
     if not rows:
         return 0.0
     chosen = features[list(rows)].double()
-    alpha = torch.linalg.solve(
-        damping * torch.eye(len(rows)).double() + chosen @ chosen.T, torch.ones(len(rows)).double()
-    )
+    diagonal = (torch.zeros(len(values)).double() + damping)[list(rows)].diag()
+    alpha = torch.linalg.solve(diagonal + chosen @ chosen.T, torch.ones(len(rows)).double())
     w = chosen.T @ alpha
     return float(0.5 * w @ (w if metric is None else metric.double() @ w) - alpha @ values[list(rows)].double())
 
@@ -101,7 +100,12 @@ def newton_damping(features: Tensor, ridge: float) -> float:
 
 
 def newton_greedy(
-    values: Tensor, features: Tensor, metric: Tensor | None, budget: int, ids: Sequence[int | str], damping: float
+    values: Tensor,
+    features: Tensor,
+    metric: Tensor | None,
+    budget: int,
+    ids: Sequence[int | str],
+    damping: float | Tensor,
 ) -> list[int]:
     """The row that lowers `newton_objective` most, by trying every row at every step; ties by id."""
     chosen: list[int] = []

@@ -33,7 +33,7 @@ from lightning_influence.estimators.token_scores import TokenScores
 from lightning_influence.estimators.top_scores import TopScores
 from lightning_influence.estimators.tracin import TracIn
 from lightning_influence.estimators.trak import TRAK
-from lightning_influence.estimators.whitened import kernel_features, score_features
+from lightning_influence.estimators.whitened import kernel_features, score_features, unseen_squares
 
 __all__ = [
     "CKA",
@@ -74,4 +74,5 @@ __all__ = [
     "merged",
     "pair_products",
     "score_features",
+    "unseen_squares",
 ]

@@ -39,6 +39,24 @@ def score_features(scores: Tensor, target_scores: Tensor) -> tuple[Tensor, Tenso
     return scores.double().T @ (vectors / values.sqrt()), vectors * values.sqrt()
 
 
+def unseen_squares(features: Tensor, squares: Tensor) -> Tensor:
+    """Squared length of what the features leave out of each gradient, float64 [n]: 0 where they are whole.
+
+    Args:
+        features: Φ [n, r].
+        squares: g_iᵀ (G + damping)⁻¹ g_i [n], as `InfluenceFunction.self_influence` gives them.
+
+    Raises:
+        ValueError: If shapes do not fit.
+    """
+    if features.dim() != 2 or squares.shape != features.shape[:1]:
+        raise ValueError(
+            f"`unseen_squares(features={list(features.shape)}, squares={list(squares.shape)})`: expected [n, r] "
+            "and [n]."
+        )
+    return (squares.double() - features.double().square().sum(1)).clamp_min(0)
+
+
 def kernel_features(kernel: Tensor, scores: Tensor, target_scores: Tensor) -> tuple[Tensor, Tensor]:
     """Features of a small pool with exactly these inner products, up to rounding.
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -15,12 +15,13 @@ from lightning_influence.capture import ExampleLoader
 from lightning_influence.estimators.factors import Id
 from lightning_influence.estimators.influence_function import InfluenceFunction
 from lightning_influence.estimators.interactions import Interactions
-from lightning_influence.estimators.whitened import score_features
+from lightning_influence.estimators.whitened import score_features, unseen_squares
 from lightning_influence.selection.budget import resolve_budget
 from lightning_influence.selection.newton_greedy import NewtonGreedy
 from lightning_influence.selection.selection import Selection
 
-SHARES = tuple(10 ** (k / 2) for k in range(-8, 1))  # 0.0001 to 1, two to a decade
+RIDGES = tuple(10 ** (k / 4) for k in range(-8, 5))  # 0.01 to 10, four to a decade
+NEARLY = 0.9  # of what the best ridge explains counts as no less
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +38,14 @@ class RidgeChoice:
 
     @property
     def best(self) -> float:
-        """The ridge of the least error; the larger one of equals."""
-        return self.ridges[int((self.errors == self.errors.min()).nonzero()[-1])]
+        """The largest ridge that explains at least 0.9 of what the best one does; 1 − error is what it explains.
+
+        The curve is flat towards small ridges, down to rows that are fitted to the last bit; but networks trained on
+        wrong labels do not gain by that. Where little is lost, the larger ridge is the safer one.
+        """
+        explained = 1 - self.errors
+        most = explained.max()
+        return self.ridges[int((explained >= most - (1 - NEARLY) * most.abs()).nonzero()[-1])]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +56,8 @@ class NewtonPool:
         features: Φ [n, r].
         targets: Φ_t [m, r], in the same basis.
         curvature_targets: Features under labels sampled from the model, for their Fisher; None: their own labels.
+        unseen: Squared length [n] of what the features leave out of each pool gradient, see `NewtonGreedy`; None for
+            features of whole gradients.
         ids: Ids of the pool; row numbers when None.
         damping: Of the curvature that they were whitened with, for the description.
     """
@@ -57,6 +66,7 @@ class NewtonPool:
     targets: Tensor
     curvature_targets: Tensor | None = None
     _: KW_ONLY
+    unseen: Tensor | None = None
     ids: Sequence[Id] | None = None
     damping: str | float | None = None
 
@@ -72,9 +82,8 @@ class NewtonPool:
     ) -> Self:
         """From influence scores alone, for models and pools of any size; no gradient is kept.
 
-        A pool gradient is known by its inner products with those of the targets, so what no target sees of it is
-        taken for 0 in the inner products of the pool itself (`score_features`). That tells rows apart in as many
-        directions as there are targets: for budgets beyond that number `whitened` is the better choice.
+        A pool gradient is known by its inner products with those of the targets and by its length: the part of it
+        that no target sees is taken for orthogonal to that of any other row (`score_features`, ``unseen``).
 
         Args:
             influence: Fitted.
@@ -83,7 +92,7 @@ class NewtonPool:
             target_curvature: Labels of the Fisher of the targets: their own, or sampled from the model.
             seed: Of sampled labels.
         """
-        scores = influence.score(targets, pool)
+        scores, squares = influence.score(targets, pool), influence.self_influence(pool).total()[0]
         own = influence.score(targets, targets).total()
         rows = scores.total()
         n = rows.shape[1]
@@ -92,7 +101,8 @@ class NewtonPool:
             rows = torch.cat([rows, drawn.T], dim=1)
         found, goals = score_features(rows, own)
         fisher = found[n:] if target_curvature == "sampled" else None
-        return cls(found[:n], goals, fisher, ids=scores.train_ids, damping=scores.damping)
+        unseen = unseen_squares(found[:n], squares)
+        return cls(found[:n], goals, fisher, unseen=unseen, ids=scores.train_ids, damping=scores.damping)
 
     @classmethod
     def whitened(cls, influence: InfluenceFunction, targets: Any, pool: Any) -> Self:
@@ -134,31 +144,37 @@ class NewtonPool:
         """
         k = resolve_budget(budget, len(self.features), "NewtonPool.ridge")
         generator = torch.Generator().manual_seed(seed)
-        mean = float(torch.linalg.vector_norm(self.features, dtype=torch.float64)) ** 2 / len(self.features)
-        errors = torch.zeros(len(SHARES), dtype=torch.float64)
+        unseen = torch.zeros(len(self.features)) if self.unseen is None else self.unseen
+        mean = float(torch.linalg.vector_norm(self.features, dtype=torch.float64)) ** 2 + float(unseen.sum())
+        errors = torch.zeros(len(RIDGES), dtype=torch.float64)
         for _ in range(draws):
             rows = torch.randperm(len(self.features), generator=generator)[:k]
-            dampings = [k * share * mean for share in SHARES]
-            steps = _newton_steps(self.features[rows].double(), dampings)
+            chosen, left_out = self.features[rows].double(), unseen[rows].to(self.features.device).double()
+            steps = [_newton_step(chosen, left_out + ridge * mean / len(self.features)) for ridge in RIDGES]
             errors += torch.stack([(1 - self.targets.double() @ w).square().mean() for w in steps]).cpu() / draws
-        return RidgeChoice(tuple(k * share for share in SHARES), errors)
+        return RidgeChoice(RIDGES, errors)
 
     def select(self, budget: int | float, rule: NewtonGreedy | None = None) -> Selection:
-        """Rows chosen by the rule; None for the ridge that `ridge` finds."""
-        return self.interactions.select(self.rule(budget) if rule is None else rule, budget)
+        """Rows chosen by the rule, told what the features leave out; None for the ridge that `ridge` finds."""
+        return self.interactions.select(self.rule(budget, rule), budget)
 
-    def rule(self, budget: int | float) -> NewtonGreedy:
-        """The rule with the ridge that `ridge` finds."""
-        return NewtonGreedy(self.ridge(budget).best)
+    def rule(self, budget: int | float, rule: NewtonGreedy | None = None) -> NewtonGreedy:
+        """The rule, told what the features leave out unless it knows; None for the ridge that `ridge` finds."""
+        if rule is None:
+            return NewtonGreedy(self.ridge(budget).best, self.unseen, self._unseen_ids)
+        return rule if rule.unseen is not None else replace(rule, unseen=self.unseen, ids=self._unseen_ids)
+
+    @property
+    def _unseen_ids(self) -> Sequence[Id] | None:
+        return None if self.unseen is None else self.ids
 
 
-def _newton_steps(rows: Tensor, dampings: Sequence[float]) -> Iterator[Tensor]:
-    """w = Φᵀ(μ I + Φ Φᵀ)⁻¹ 1 [r] for each μ, from the smaller of the two Gram matrices."""
-    if len(rows) <= rows.shape[1]:
-        spectrum, basis = torch.linalg.eigh(rows @ rows.T)
-        basis, slope = rows.T @ basis, basis.sum(0)
-    else:
-        spectrum, basis = torch.linalg.eigh(rows.T @ rows)
-        slope = basis.T @ rows.sum(0)
-    for damping in dampings:
-        yield basis @ (slope / (spectrum.clamp_min(0) + damping))
+def _newton_step(rows: Tensor, dampings: Tensor) -> Tensor:
+    """w = Φᵀ(D + Φ Φᵀ)⁻¹ 1 [r] with D [k] on the diagonal, from the smaller of the two systems."""
+    k, r = rows.shape
+    if k <= r:
+        factor = torch.linalg.cholesky(rows @ rows.T + dampings.diag())
+        return rows.T @ torch.cholesky_solve(rows.new_ones(k, 1), factor)[:, 0]
+    weighted = rows / dampings[:, None]
+    factor = torch.linalg.cholesky(weighted.T @ rows + torch.eye(r).to(rows))
+    return torch.cholesky_solve(weighted.sum(0)[:, None], factor)[:, 0]

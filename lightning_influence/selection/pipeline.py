@@ -129,7 +129,8 @@ def select_training_data(
     influence.fit(rows)
     if rule == "newton" or isinstance(rule, NewtonGreedy):
         problem = NewtonPool.scored(influence, goals, rows, target_curvature=target_curvature, seed=seed)
-        selection = _select(problem.interactions, problem.rule(terms.rows) if rule == "newton" else chooser, terms)
+        given = rule if isinstance(rule, NewtonGreedy) else None
+        selection = _select(problem.interactions, problem.rule(terms.rows, given), terms)
         return replace(selection, positions=tuple(int(name) for name in selection.ids))
     scores = influence.score(goals, rows)
     fisher = influence.score(goals, rows, labels="sampled", seed=seed) if target_curvature == "sampled" else None

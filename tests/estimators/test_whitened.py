@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.estimators import Interactions
-from lightning_influence.estimators.whitened import gram, kernel_features, score_features, thinned
+from lightning_influence.estimators.whitened import gram, kernel_features, score_features, thinned, unseen_squares
 from tests.curvature.models import normal
 
 
@@ -33,6 +33,23 @@ def test_targets_that_span_everything_lose_nothing() -> None:
     assert found[0].shape == (9, 4)  # the three directions too many are rounding
     for one, other in zip(products(*found), products(pool, targets), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_what_the_targets_do_not_see() -> None:
+    """Each pool gradient is its projection onto the span of the targets' gradients and a rest, as Pythagoras has it."""
+    pool, targets = normal(9, 12), normal(5, 12, seed=1)
+    kernel, scores, own = products(pool, targets)
+    features, _ = score_features(scores, own)
+    basis = torch.linalg.qr(targets.T).Q
+    rest = pool - pool @ basis @ basis.T
+    torch.testing.assert_close(unseen_squares(features, kernel.diagonal()), rest.square().sum(1))
+    whole, _ = score_features(*products(pool, normal(15, 12, seed=1))[1:])
+    rounding = unseen_squares(whole, kernel.diagonal())
+    assert rounding.min() >= 0
+    assert rounding.max() < 1e-9
+    message = "`unseen_squares(features=[9, 5], squares=[8])`: expected [n, r] and [n]."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        unseen_squares(features, kernel.diagonal()[1:])
 
 
 @pytest.mark.parametrize("r", [3, 40])

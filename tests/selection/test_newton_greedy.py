@@ -31,6 +31,59 @@ def test_every_step_is_that_of_brute_force(pool: Pool, ridge: float) -> None:
     assert list(greedy(pool, 1.0, ridge)) == truth
 
 
+@given(pool=pools(), seed=st.integers(0, 3))
+def test_every_step_is_that_of_brute_force_with_unseen_parts(pool: Pool, seed: int) -> None:
+    unseen = normal(len(pool.ids), seed=seed).square()
+    rule = NewtonGreedy(0.3, unseen, pool.ids)
+    mean = float((pool.features.double().square().sum(1) + unseen).mean())
+    truth = oracles.newton_greedy(
+        pool.values, pool.features, pool.metric, len(pool.ids), pool.ids, unseen + 0.3 * (mean or 1.0)
+    )
+    found = rule.select(pool.values, pool.features, pool.metric, budget=1.0, ids=pool.ids)
+    assert list(found.positions) == truth
+
+
+def test_an_unseen_part_is_a_direction_of_its_own() -> None:
+    """The same picks and gains as from features in which each row has one more column for it."""
+    features, targets, unseen = normal(14, 5), normal(6, 5, seed=1), normal(14, seed=2).square()
+    whole = Interactions.from_features(
+        torch.cat([features, unseen.sqrt().diag()], dim=1), torch.cat([targets, torch.zeros(6, 14)], dim=1)
+    )
+    expected = whole.select(NewtonGreedy(0.1), 10)
+    short = Interactions.from_features(features, targets)
+    found = short.select(NewtonGreedy(0.1, unseen), 10)
+    assert found.ids == expected.ids
+    torch.testing.assert_close(found.gains, expected.gains)
+    assert short.select(NewtonGreedy(0.1), 10).ids != expected.ids
+
+
+def test_unseen_parts_are_found_by_id() -> None:
+    pool, unseen = clustered_pool(30), normal(30).square()
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(1))
+    rule = NewtonGreedy(0.1, unseen[order], [pool.ids[row] for row in order.tolist()])
+    given = {"budget": 12, "ids": pool.ids}
+    found = rule.select(pool.values, pool.features, pool.metric, **given)
+    straight = NewtonGreedy(0.1, unseen, pool.ids)
+    assert found.ids == straight.select(pool.values, pool.features, pool.metric, **given).ids
+    assert found.rule == "NewtonGreedy(ridge=0.1)"
+    with pytest.raises(ValueError, match=r"`NewtonGreedy\(ridge=0.1\).select`: expected data for every row"):
+        NewtonGreedy(unseen=torch.ones(1)).select(torch.ones(2), torch.ones(2, 1), budget=1)
+
+
+@pytest.mark.parametrize(
+    ("unseen", "ids", "message"),
+    [
+        (torch.ones(3, 1), None, r"expected a number for each row \[n\]. Got shape \[3, 1\]"),
+        (torch.ones(3), ["a"], r"\[n\], n = 1. Got shape \[3\]"),
+        (torch.tensor([1.0, torch.nan]), ["a", "b"], "have NaN or infinite unseen: id 'b'"),
+        ([0.0, -1.0], None, "expected squared lengths >= 0, got -1"),
+    ],
+)
+def test_unseen_parts_that_are_none(unseen: Any, ids: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        NewtonGreedy(unseen=unseen, ids=ids)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_brute_force_on_numbers_that_round(dtype: torch.dtype) -> None:
     pool = clustered_pool(24, 5, dtype)
@@ -117,14 +170,14 @@ def test_rows_without_a_gradient() -> None:
 
 @pytest.mark.parametrize("ridge", [0, -1.0, float("nan"), float("inf"), True, "auto", None])
 def test_a_ridge_that_is_none(ridge: Any) -> None:
-    message = f"`NewtonGreedy(ridge={ridge!r})`: expected a finite number > 0, such as 0.3."
+    message = f"`NewtonGreedy(ridge={ridge!r})`: expected a finite number > 0, such as 0.1."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         NewtonGreedy(ridge)
 
 
 def test_without_features() -> None:
     message = (
-        "`NewtonGreedy(ridge=0.3).select(features=None)`: expected features [n, r], the whitened gradients of the "
+        "`NewtonGreedy(ridge=0.1).select(features=None)`: expected features [n, r], the whitened gradients of the "
         "pool. Use `TopK()` to select by the values alone."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from lightning_influence import EKFAC, InfluenceFunction, ProjectedGram
 from lightning_influence.capture import ExampleLoader
-from lightning_influence.selection import NewtonGreedy, NewtonPool
-from lightning_influence.selection.newton_pool import SHARES
-from tests import oracles
+from lightning_influence.selection import NewtonGreedy, NewtonPool, RidgeChoice
+from lightning_influence.selection.newton_pool import RIDGES
 from tests.curvature.models import mlp, normal, points
 
 POOL, TARGETS = points(20), points(6, seed=3)
@@ -32,6 +31,29 @@ def test_scores_give_exact_products_with_targets() -> None:
     exact = influence.score(POOL, POOL).values
     assert (own.diagonal() <= exact.diagonal() * (1 + 1e-9)).all()  # a part of each gradient is not seen
     torch.testing.assert_close(products(NewtonPool.scored(influence, POOL, POOL))[1], exact)
+
+
+@pytest.mark.parametrize("options", [{}, {"normalise": True}])
+def test_scores_know_the_length_of_every_gradient(options: dict[str, Any]) -> None:
+    influence = fitted(**options)
+    pool = NewtonPool.scored(influence, TARGETS, POOL)
+    assert pool.unseen is not None
+    lengths = pool.features.square().sum(1) + pool.unseen
+    torch.testing.assert_close(lengths, influence.score(POOL, POOL).total().diagonal())
+    assert (pool.unseen > 1e-6).all()
+
+
+def test_a_rule_is_told_what_the_features_leave_out() -> None:
+    rows = ExampleLoader(POOL, indices=[3, 8, 11, 4])
+    pool = NewtonPool.scored(fitted(), TARGETS, rows)
+    assert pool.unseen is not None
+    told = pool.rule(3, NewtonGreedy(0.2))
+    assert (told.ridge, told.ids) == (0.2, pool.ids)
+    assert torch.equal(told.unseen, pool.unseen)
+    assert torch.equal(pool.rule(3).unseen, pool.unseen)
+    own = NewtonGreedy(0.2, torch.zeros(12))
+    assert pool.rule(3, own) is own
+    assert NewtonPool.whitened(fitted(), TARGETS, rows).rule(3).unseen is None
 
 
 @pytest.mark.parametrize("options", [{}, {"normalise": True}, {"batch_size": 7}])
@@ -72,23 +94,31 @@ def test_ids_are_those_of_the_loader() -> None:
 
 
 @pytest.mark.parametrize(("n", "k"), [(30, 5), (30, 30), (12, 12)])
-def test_errors_are_those_of_random_rows(n: int, k: int) -> None:
+@pytest.mark.parametrize("unseen", [None, normal(30, seed=5).square()])
+def test_errors_are_those_of_random_rows(n: int, k: int, unseen: Tensor | None) -> None:
     """One dense Newton step for each draw and ridge, whichever of rows and columns are fewer."""
-    pool = NewtonPool(normal(n, 8), normal(5, 8, seed=1))
+    left_out = torch.zeros(n).double() if unseen is None else unseen[:n]
+    pool = NewtonPool(normal(n, 8), normal(5, 8, seed=1), unseen=None if unseen is None else left_out)
     found = pool.ridge(k, draws=3, seed=7)
-    assert found.ridges == tuple(k * share for share in SHARES)
+    assert found.ridges == RIDGES
     generator = torch.Generator().manual_seed(7)
-    expected = torch.zeros(len(SHARES)).double()
+    expected = torch.zeros(len(RIDGES)).double()
     for _ in range(3):
         rows = torch.randperm(n, generator=generator)[:k]
         chosen = pool.features[rows]
         for at, ridge in enumerate(found.ridges):
-            damping = oracles.newton_damping(pool.features, ridge)
-            kernel = chosen @ chosen.T + damping * torch.eye(k).double()
+            damping = ridge * float((pool.features.square().sum(1) + left_out).mean())
+            kernel = chosen @ chosen.T + (damping + left_out[rows]).diag()
             w = chosen.T @ torch.linalg.solve(kernel, torch.ones(k).double())
             expected[at] += (1 - pool.targets @ w).square().mean() / 3
     torch.testing.assert_close(found.errors, expected)
-    assert found.best == found.ridges[int(expected.argmin())]
+
+
+@pytest.mark.parametrize(
+    ("errors", "best"), [((0.5, 0.4, 0.45, 0.5), 3), ((0.4, 0.5, 0.9, 0.9), 1), ((1.3, 1.1, 1.1, 1.3), 3)]
+)
+def test_the_largest_ridge_that_explains_nearly_as_much(errors: tuple[float, ...], best: float) -> None:
+    assert RidgeChoice((1, 2, 3, 4), torch.tensor(errors)).best == best
 
 
 def test_noise_asks_for_a_larger_ridge() -> None:
