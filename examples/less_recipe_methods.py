@@ -47,6 +47,7 @@ from lightning_influence import (
     less_scores,
     score_features,
     select_by_scores,
+    unseen_squares,
 )
 from lightning_influence.callbacks import Recorder
 from lightning_influence.selection.pipeline import choose
@@ -121,13 +122,13 @@ class Pool:
 
 
 def _influence(pool: Pool) -> dict[str, Tensor]:
-    """Unit gradients whitened by EK-FAC, at the warm-up model; of queries and pool, and of the queries themselves."""
+    """Unit gradients whitened by EK-FAC, at the warm-up model: of queries and pool, of the queries, and lengths."""
     queries, rows = pool.parts()
     estimator = InfluenceFunction(
         pool.training.warm(pool.seed), EKFAC(seed=pool.seed), components=LORA, normalise=True, progress=False
     ).fit(rows)
     scores, own = (estimator.score(queries, part).total() for part in (rows, queries))
-    return {"scores": scores, "own": own}
+    return {"scores": scores, "own": own, "squares": estimator.self_influence(rows).total()[0]}
 
 
 def _recorded(
@@ -216,9 +217,11 @@ TABLES: dict[str, Callable[[Pool], dict[str, Tensor]]] = {
 
 
 def _newton(pool: Pool, target: str, budget: int) -> Selection:
-    tables, members = pool.tables("influence"), pool.data.members(target)
-    rows, goals = score_features(tables["scores"][members], tables["own"][members][:, members])
-    return NewtonPool(rows, goals).select(budget)
+    """Rows are known by what the queries of all targets see of them."""
+    tables = pool.tables("influence")
+    rows, goals = score_features(tables["scores"], tables["own"])
+    unseen = unseen_squares(rows, tables["squares"])
+    return NewtonPool(rows, goals[pool.data.members(target)], unseen=unseen).select(budget)
 
 
 def _by_interactions(rule: SelectionRule) -> Callable[[Pool, str, int], Selection]:

@@ -34,6 +34,7 @@ from lightning_influence.selection.pipeline import choose
 
 METHODS = ("random", "additive", "interactions", "newton")
 BATCH = 25  # divides every size
+RATE = 0.1
 CLASSES = 10
 
 
@@ -116,15 +117,20 @@ def idx(path: Path) -> np.ndarray:
 
 
 def train(data: TensorDataset, rows: Sequence[int], steps: int, seed: int) -> nn.Sequential:
-    """A new network d-128-64-10 after so many steps of SGD on some rows, in a new order for every epoch."""
+    """A new network d-128-64-10 after so many steps of SGD on some rows, in a new order for every epoch.
+
+    The learning rate falls to 0 over the last fifth: at a constant one the loss depends more on the last steps than on
+    the rows (on 500 random rows of FashionMNIST, three networks: 0.68, 1.22, 0.67).
+    """
     images, labels = (tensor[list(rows)] for tensor in data.tensors)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layers = [nn.Linear(images.shape[1], 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, CLASSES)]
         model = nn.Sequential(*layers)
-    generator, optimizer = torch.Generator().manual_seed(seed), torch.optim.SGD(model.parameters(), lr=0.1)
+    generator, optimizer = torch.Generator().manual_seed(seed), torch.optim.SGD(model.parameters(), RATE)
     left: list[Tensor] = []
-    for _ in range(steps):
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = RATE * min(1.0, 5 * (1 - step / steps))
         if not left:
             left = list(torch.randperm(len(labels), generator=generator).split(BATCH))
         batch = left.pop()
