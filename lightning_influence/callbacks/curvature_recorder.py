@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
+import torch
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_influence.callbacks.base import Recorder, When
+from lightning_influence.callbacks.examination import resolve
 from lightning_influence.callbacks.preconditions import training_data
 from lightning_influence.callbacks.recording import Recording
 from lightning_influence.capture import ExampleLoader, ExampleLoss, GradientCapture
+from lightning_influence.capture.budget import check_bytes
+from lightning_influence.capture.contexts import evaluating
 from lightning_influence.capture.data_fingerprint import data_fingerprint
+from lightning_influence.capture.finite import NanPolicy, check_nan_policy
 from lightning_influence.curvature import EKFAC, Curvature
 from lightning_influence.curvature.iterative import IterativeCurvature
+from lightning_influence.curvature.kept import KeptRecords
 from lightning_influence.store import Store
 from lightning_influence.store.files import StoredDtype
 
@@ -32,9 +39,12 @@ class CurvatureRecorder(Recorder):
         curvature: A curvature with its settings, which itself stays unfitted; None for ``EKFAC()``.
         when: As in `Recorder`.
         train: DataLoader or dataset; None takes the Trainer's training data, or the pool of its `DataSelector`.
-            Examples without a finite loss are an error: ``omit_nonfinite(model, data)`` leaves them out, the store
-            tells which.
         dtype: ``"bfloat16"`` stores factors in half the room, as in `Store.write_curvature`.
+        nan_policy: What to do about examples whose loss is not finite with the weights of a recording: ``"raise"`` an
+            error that names them, or ``"omit"`` them with a warning; the store tells which.
+        memory_budget: As in `Curvature.fit`, on each rank: what is kept of the first pass for the second.
+        disk_budget: The same in temporary files.
+        scratch: Folder for these files; None takes the system's.
         **options: Those of `Recorder`: dirpath, components, loss, batch_size, keep, name.
 
     Raises:
@@ -50,6 +60,10 @@ class CurvatureRecorder(Recorder):
         *,
         train: Any = None,
         dtype: StoredDtype | None = None,
+        nan_policy: NanPolicy = "raise",
+        memory_budget: int = 0,
+        disk_budget: int = 0,
+        scratch: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(when, **options)
@@ -65,7 +79,11 @@ class CurvatureRecorder(Recorder):
         self.curvature = EKFAC() if curvature is None else curvature
         if dtype not in (None, "bfloat16"):
             raise ValueError(f"`{self._call(dtype=dtype)}`: expected 'bfloat16', or None to keep all digits.")
-        self.train, self.dtype = train, dtype
+        check_nan_policy(type(self).__name__, nan_policy)
+        check_bytes(type(self).__name__, "memory_budget", memory_budget)
+        check_bytes(type(self).__name__, "disk_budget", disk_budget)
+        self.train, self.dtype, self.nan_policy = train, dtype, nan_policy
+        self.memory_budget, self.disk_budget, self.scratch = memory_budget, disk_budget, scratch
         self._usable: list[int] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -75,10 +93,16 @@ class CurvatureRecorder(Recorder):
 
     def check(self, recording: Recording) -> None:
         """Take in one batch, so that whatever cannot work is said now."""
-        examples = recording.examples(self._train(recording))
+        train = self._train(recording)
+        examples = recording.examples(train)
+        if self.nan_policy == "omit":
+            loss = recording.in_precision(resolve(recording, examples, self.loss))
+            first = train.ids[: train.batch_size]
+            odd = _nonfinite(recording, recording.examples(train, indices=first), loss)
+            examples = recording.examples(train, indices=sorted(set(first) - set(odd)) or None)
         loss = self.examine(recording, examples)
         curvature = _twin(self.curvature)
-        with GradientCapture(recording.model, self.components) as capture:
+        with self._kept(), GradientCapture(recording.model, self.components) as capture:
             curvature.start(capture.components)
             curvature.observe(capture, *next(iter(examples)), loss)
 
@@ -88,32 +112,41 @@ class CurvatureRecorder(Recorder):
         loss = recording.loss(recording.examples(train), self.settled_loss)
         if self._usable is None:
             self._usable = _supervised(recording.examples(train), loss)
+        usable = self._usable if self.nan_policy == "raise" else _finite(recording, train, self._usable, loss)
         curvature = _twin(self.curvature)
         with (
+            self._kept() as kept,
             GradientCapture(recording.model, self.components) as capture,
             recording.progress(curvature.num_passes * len(train)) as advance,
         ):
             curvature.start(capture.components)
-            curvature.omitted = train.omitted
-            own = self._usable[recording.trainer.global_rank :: recording.trainer.world_size]
-            examples = recording.examples(train, indices=own or self._usable[:1], advance=advance)
-            for _ in range(curvature.num_passes):
+            curvature.omitted = (*train.omitted, *sorted(set(self._usable) - set(usable)))
+            own = usable[recording.trainer.global_rank :: recording.trainer.world_size]
+            examples = recording.examples(train, indices=own or usable[:1], advance=advance)
+            for done in range(curvature.num_passes):
                 needed = curvature.needed(own)
-                part = ExampleLoader(examples, indices=needed or own[:1] or self._usable[:1])
-                recording.on_each_rank(lambda: _observe(curvature, capture, part, loss))  # noqa: B023
+                rest = [k for k in needed if k not in kept.ids] if needed else own[:1] or usable[:1]
+                keep = kept if needed and done + 1 < curvature.num_passes else None
+                part: Iterable[tuple[Tensor, Any]] = ExampleLoader(examples, indices=rest) if rest else []
+                recording.on_each_rank(lambda: _observe(curvature, capture, part, loss, kept, keep))  # noqa: B023
                 if not needed:  # more ranks than examples: this one has to add sums of the same shapes, but nothing
                     _clear(curvature)
                 recording.sum_over_ranks(curvature.partial())
                 _share_work(recording, curvature)
-                curvature.close_pass(capture, part, loss)
+                curvature.close_pass(capture, examples, loss)
         if recording.is_writer:
-            self._save(recording, curvature, loss, train)
+            self._save(recording, curvature, loss, train, len(usable))
+
+    def _kept(self) -> KeptRecords:
+        return KeptRecords(self.memory_budget, self.disk_budget, self.scratch)
 
     def _train(self, recording: Recording) -> ExampleLoader:
         data = training_data(self._call(), recording.trainer) if self.train is None else self.train
         return ExampleLoader(data, self.batch_size)
 
-    def _save(self, recording: Recording, curvature: Curvature, loss: ExampleLoss, train: ExampleLoader) -> None:
+    def _save(
+        self, recording: Recording, curvature: Curvature, loss: ExampleLoss, train: ExampleLoader, count: int
+    ) -> None:
         store = Store.create(
             recording.folder,
             recording.model,
@@ -124,8 +157,7 @@ class CurvatureRecorder(Recorder):
             step=recording.step,
             train=data_fingerprint(train.dataset),
         )
-        assert self._usable is not None
-        store.write_curvature("curvature", curvature, dtype=self.dtype, num_examples=len(self._usable))
+        store.write_curvature("curvature", curvature, dtype=self.dtype, num_examples=count)
 
 
 def _twin(curvature: Curvature) -> Curvature:
@@ -133,9 +165,17 @@ def _twin(curvature: Curvature) -> Curvature:
     return type(curvature)(**curvature.settings())
 
 
-def _observe(curvature: Curvature, capture: GradientCapture, examples: ExampleLoader, loss: ExampleLoss) -> None:
+def _observe(
+    curvature: Curvature,
+    capture: GradientCapture,
+    examples: Iterable[tuple[Tensor, Any]],
+    loss: ExampleLoss,
+    kept: KeptRecords,
+    keep: KeptRecords | None,
+) -> None:
+    curvature.see_again(kept)
     for ids, batch in examples:
-        curvature.observe(capture, ids, batch, loss)
+        curvature.observe(capture, ids, batch, loss, keep=keep)
 
 
 def _share_work(recording: Recording, curvature: Curvature) -> None:
@@ -150,6 +190,31 @@ def _share_work(recording: Recording, curvature: Curvature) -> None:
 def _clear(curvature: Curvature) -> None:
     for total in curvature.partial().values():
         total.zero_()
+
+
+def _finite(recording: Recording, train: ExampleLoader, usable: list[int], loss: ExampleLoss) -> list[int]:
+    """Positions of the examples whose loss is finite, from a look at this rank's part of them on each rank."""
+    own = usable[recording.trainer.global_rank :: recording.trainer.world_size]
+    found = recording.on_each_rank(
+        lambda: _nonfinite(recording, recording.examples(train, indices=own), loss) if own else []
+    )
+    odd = sorted(k for part in found for k in part)
+    if len(odd) == len(usable):
+        raise ValueError(f"the loss of none of {len(usable)} training examples is finite; repair the model.")
+    if odd:
+        rank_zero_warn(
+            f"CurvatureRecorder, step {recording.step}: {len(odd)} of {len(usable)} training examples are left out "
+            f"because their loss is not finite (positions {odd[:8]})."
+        )
+    return sorted(set(usable) - set(odd))
+
+
+def _nonfinite(recording: Recording, examples: ExampleLoader, loss: ExampleLoss) -> list[int]:
+    odd: list[int] = []
+    with evaluating(recording.model), torch.no_grad():
+        for ids, batch in examples:
+            odd += ids[~loss.losses(recording.model, batch).isfinite().cpu()].tolist()
+    return odd
 
 
 def _supervised(examples: ExampleLoader, loss: ExampleLoss) -> list[int]:

@@ -234,7 +234,7 @@ class Curvature(ABC):
             self.start(capture.components)
             self.omitted = loader.omitted
             for k in range(self.num_passes):
-                self._see_again(kept)
+                self.see_again(kept)
                 label = f"{type(self).__name__} pass {k + 1} of {self.num_passes}"
                 bar = tqdm(self._to_see(loader, kept), desc=label, delay=3, leave=False, disable=not progress)
                 keep = kept if k + 1 < self.num_passes else None
@@ -268,6 +268,12 @@ class Curvature(ABC):
         records = records if keep is None else keep.keeping(records)
         for component, record in zip(capture.components, records, strict=True):
             self.update(component, record)
+
+    def see_again(self, kept: KeptRecords) -> None:
+        """Take in what `observe` kept of the pass before."""
+        for records in kept:
+            for component, record in zip(self.components, records, strict=True):
+                self.update(component, record)
 
     def close_pass(
         self,
@@ -314,12 +320,6 @@ class Curvature(ABC):
     def __repr__(self) -> str:
         """How to build an unfitted twin."""
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings().items())})"
-
-    def _see_again(self, kept: KeptRecords) -> None:
-        """Take in what was kept of the pass before."""
-        for records in kept:
-            for component, record in zip(self.components, records, strict=True):
-                self.update(component, record)
 
     def _to_see(self, loader: ExampleLoader, kept: KeptRecords) -> ExampleLoader | list[Any]:
         """The batches of the current pass that were not kept."""

@@ -134,7 +134,7 @@ class GroupInfluence:
         """The components that count."""
         return self.influence.components
 
-    def fit(self, train: Any, targets: Any, pool: Any = None, *, weight: float | None = None) -> Self:
+    def fit(self, train: Any, targets: Any, pool: Any = None, *, weight: float | None = None, **options: Any) -> Self:
         """Fit the curvature on the training data, unless it is fitted; take gradient and curvature of the target.
 
         Args:
@@ -142,6 +142,7 @@ class GroupInfluence:
             targets: Map-style dataset or DataLoader of the examples whose mean loss is the target f.
             pool: Map-style dataset or DataLoader of the examples that groups are made of; None for the training data.
             weight: Weight of one example in the training objective, 1/n when None.
+            **options: Of the fit of the curvature, see `InfluenceFunction.fit`: memory_budget, disk_budget, scratch.
 
         Returns:
             Itself. Ids of examples are positions in the pool.
@@ -156,7 +157,7 @@ class GroupInfluence:
         check_weight(f"{_CALL}.fit", weight)
         self._check(loaders[1], members)
         self._kept = None
-        self.influence.fit(loaders[0])
+        self.influence.fit(loaders[0], **options)
         coordinates = coordinates_of(self.components, self.curvature)
         gradient = self._rows.mean(loaders[1], coordinates)
         rows: dict[Id, int] = {name: row for row, name in enumerate(members.ids)}

@@ -75,18 +75,38 @@ class InfluenceFunction(Estimator):
         """Damping of the curvature."""
         return damping_label(self.curvature)
 
-    def fit(self, train: Any, *, nan_policy: NanPolicy = "raise") -> Self:
+    def fit(
+        self,
+        train: Any,
+        *,
+        nan_policy: NanPolicy = "raise",
+        memory_budget: int = 0,
+        disk_budget: int = 0,
+        scratch: str | os.PathLike[str] | None = None,
+    ) -> Self:
         """Fit the curvature on the training data, unless it is fitted already.
 
         Args:
             train: Map-style dataset or DataLoader.
             nan_policy: ``"omit"`` leaves out examples whose loss is not finite, see `Curvature.fit`. `score` refuses
                 them all the same: pass it what `omit_nonfinite` leaves.
+            memory_budget: As in `Curvature.fit`: what is kept of the first pass for the second.
+            disk_budget: The same in temporary files.
+            scratch: Folder for these files; None takes the system's.
         """
         check_nan_policy("InfluenceFunction.fit", nan_policy)
         if not self.curvature.fitted:
-            options: dict[str, Any] = {"progress": self.progress, "nan_policy": nan_policy}
-            self.curvature.fit(self.model, self._loader(train), self.loss, self.components, **options)
+            self.curvature.fit(
+                self.model,
+                self._loader(train),
+                self.loss,
+                self.components,
+                progress=self.progress,
+                nan_policy=nan_policy,
+                memory_budget=memory_budget,
+                disk_budget=disk_budget,
+                scratch=scratch,
+            )
         return self
 
     def features(self, data: Any, *, supervised: bool = False, labels: Labels = "data", seed: int = 0) -> Tensor:

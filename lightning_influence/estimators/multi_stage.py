@@ -136,13 +136,26 @@ class MultiStageInfluence(Estimator):
         one, other = (damping_label(c) for c in (self.curvature, self.finetuned_curvature))
         return one if one == other else f"pre-training: {one}, fine-tuning: {other}"
 
-    def fit(self, pretraining: Any, finetuning: Any, *, nan_policy: NanPolicy = "raise") -> Self:
+    def fit(
+        self,
+        pretraining: Any,
+        finetuning: Any,
+        *,
+        nan_policy: NanPolicy = "raise",
+        memory_budget: int = 0,
+        disk_budget: int = 0,
+        scratch: str | os.PathLike[str] | None = None,
+    ) -> Self:
         """Fit each curvature on the data of its stage, unless it is fitted already.
 
         Args:
             pretraining: Map-style dataset or DataLoader of the first stage.
             finetuning: Likewise of the second.
             nan_policy: ``"omit"`` leaves out examples whose loss is not finite, see `Curvature.fit`.
+            memory_budget: As in `Curvature.fit`: what is kept of the first pass for the second, for one stage after
+                the other.
+            disk_budget: The same in temporary files.
+            scratch: Folder for these files; None takes the system's.
         """
         check_nan_policy("MultiStageInfluence.fit", nan_policy)
         for stage, curvature, data in (
@@ -150,8 +163,17 @@ class MultiStageInfluence(Estimator):
             (self._asked, self.finetuned_curvature, finetuning),
         ):
             if not curvature.fitted:
-                options: dict[str, Any] = {"progress": self.progress, "nan_policy": nan_policy}
-                curvature.fit(stage.model, self._loader(data), stage.loss, stage.components, **options)
+                curvature.fit(
+                    stage.model,
+                    self._loader(data),
+                    stage.loss,
+                    stage.components,
+                    progress=self.progress,
+                    nan_policy=nan_policy,
+                    memory_budget=memory_budget,
+                    disk_budget=disk_budget,
+                    scratch=scratch,
+                )
         return self
 
     def proximity(self) -> dict[str, Distance]:

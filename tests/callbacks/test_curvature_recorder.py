@@ -189,3 +189,84 @@ def test_examples_that_were_left_out_are_told(tmp_path):
     gradients = {c.name: torch.randn(2, *c.shape) for c in expected.components}
     for name, solved in found.precondition(gradients).items():
         torch.testing.assert_close(solved, expected.precondition(gradients)[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+@pytest.mark.filterwarnings("ignore:CurvatureRecorder, step")
+@pytest.mark.parametrize("settings", [{}, {"devices": 2, "strategy": "ddp_fork"}], ids=["one rank", "two ranks"])
+def test_examples_without_a_finite_loss_are_left_out_where_that_is_asked(settings, tmp_path):
+    """Those of the first batch too, which is looked at before the training."""
+    x, y = data().tensors
+    x = x.clone()
+    x[[1, 11]] = torch.nan
+    broken, kept = TensorDataset(x, y), [k for k in range(16) if k not in (1, 11)]
+    for policy in ("raise", "omit"):
+        seed_everything(1, verbose=False)
+        model = Toy(lr=0.0)
+        model.net[1].momentum = 0.0
+        recorder = CurvatureRecorder(
+            EKFAC(damping=0.1), components=LINEAR, train=broken, batch_size=4, nan_policy=policy
+        )
+        fitting = trainer(tmp_path / policy, [recorder], max_epochs=1, **settings)
+        if policy == "raise" and not settings:
+            with pytest.raises(ValueError, match="not finite"):
+                fitting.fit(model, loader())
+        elif policy == "omit":
+            fitting.fit(model, loader())
+    [record] = find_records(next((tmp_path / "omit").rglob("curvature")))
+    found = Store.open(record.path).read_curvature("curvature")
+    assert found.omitted == (1, 11)
+    assert Store.open(record.path).manifest["curvature"]["curvature"]["meta"]["num_examples"] == 14
+    clean = ExampleLoader(broken, 4, indices=kept)
+    expected = EKFAC(damping=0.1).fit(model.cpu(), clean, components=LINEAR, progress=False)
+    gradients = {c.name: torch.randn(2, *c.shape) for c in expected.components}
+    for name, solved in found.precondition(gradients).items():
+        torch.testing.assert_close(solved, expected.precondition(gradients)[name], rtol=1e-4, atol=1e-5)
+
+
+def test_the_ones_that_are_left_out_are_told_and_all_is_an_error(tmp_path):
+    x, y = data().tensors
+    x = x.clone()
+    x[5] = torch.nan
+    recorder = CurvatureRecorder(components=LINEAR, train=TensorDataset(x, y), nan_policy="omit")
+    with pytest.warns(UserWarning, match=r"step 8: 1 of 16 training examples are left out .*\(positions \[5\]\)"):
+        run(tmp_path, [recorder])
+    recorder = CurvatureRecorder(components=LINEAR, train=TensorDataset(x * torch.nan, y), nan_policy="omit")
+    with pytest.raises(ValueError, match=r"not finite|is finite"):
+        run(tmp_path / "none", [recorder])
+
+
+@pytest.mark.parametrize("curvature", [EKFAC(damping=0.1), KFAC(damping=0.1)])
+def test_what_is_kept_of_the_first_pass_changes_nothing(curvature, tmp_path):
+    run(tmp_path, [CurvatureRecorder(curvature, components=LINEAR, batch_size=5)])
+    plain = find_records(next(tmp_path.rglob("curvature")))[0]
+    expected = Store.open(plain.path).read_curvature("curvature").state()
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    for budgets in ({"memory_budget": 10**8}, {"disk_budget": 10**6, "scratch": scratch}):
+        recorder = CurvatureRecorder(curvature, components=LINEAR, batch_size=5, **budgets)
+        run(tmp_path / str(len(budgets)), [recorder])
+        found = Store.open(recorder.records[-1].path).read_curvature("curvature").state()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value)
+    assert not list(scratch.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"nan_policy": "skip"}, r"`CurvatureRecorder\(nan_policy='skip'\)`: expected 'raise'"),
+        ({"memory_budget": "1GB"}, r"`CurvatureRecorder\(memory_budget='1GB'\)`: expected a number of bytes"),
+        ({"disk_budget": -1}, r"`CurvatureRecorder\(disk_budget=-1\)`: expected a number of bytes"),
+    ],
+)
+def test_options_that_are_none(options, message):
+    with pytest.raises(ValueError, match=message):
+        CurvatureRecorder(**options)
+
+
+def test_a_folder_that_is_none_is_refused_before_training(tmp_path):
+    recorder = CurvatureRecorder(components=LINEAR, disk_budget=10, scratch=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="expected a folder for temporary files that exists"):
+        run(tmp_path, [recorder])
+    assert not list(tmp_path.rglob("*.ckpt"))

@@ -366,3 +366,11 @@ def test_data_that_is_refused() -> None:
     fitted = EKFAC().fit(mlp(), TARGETS, components=["0"])
     with refused("was fitted on other components. Expected those of the curvature, or an unfitted one."):
         GroupInfluence(mlp(), target_curvature=fitted, progress=False).fit(TRAIN, TARGETS)
+
+
+def test_budgets_of_the_fit_are_passed_on() -> None:
+    expected = GroupInfluence(mlp(), EKFAC(), progress=False).fit(TRAIN, TARGETS).estimates([[0, 1]], "F+I")
+    found = GroupInfluence(mlp(), EKFAC(), progress=False).fit(TRAIN, TARGETS, memory_budget=10**7)
+    torch.testing.assert_close(found.estimates([[0, 1]], "F+I"), expected)
+    with refused("`fit(disk_budget='1GB')`: expected a number of bytes"):
+        GroupInfluence(mlp(), EKFAC(), progress=False).fit(TRAIN, TARGETS, disk_budget="1GB")

@@ -259,3 +259,24 @@ def test_a_curvature_in_float64_for_a_model_in_float32(t: int) -> None:
     found = InfluenceFunction(narrow, curvature).score(rows, rows).values
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+class Counted(list[Any]):
+    """Rows that count how often they are read."""
+
+    reads = 0
+
+    def __getitem__(self, k: Any) -> Any:
+        self.reads += 1
+        return super().__getitem__(k)
+
+
+@pytest.mark.parametrize("budgets", [{"memory_budget": 10**8}, {"disk_budget": 10**6}])
+def test_what_is_kept_of_the_first_pass_needs_no_second(budgets: dict[str, Any], tmp_path: Any) -> None:
+    model, plain, kept = mlp(), Counted(TRAIN), Counted(TRAIN)
+    expected = InfluenceFunction(model, EKFAC()).fit(plain).score(QUERIES, TRAIN).values
+    found = InfluenceFunction(model, EKFAC()).fit(kept, scratch=tmp_path, **budgets).score(QUERIES, TRAIN).values
+    torch.testing.assert_close(found, expected)
+    assert plain.reads - kept.reads == len(TRAIN)
+    with pytest.raises(ValueError, match=r"`fit\(memory_budget='1GB'\)`: expected a number of bytes"):
+        InfluenceFunction(model, EKFAC()).fit(TRAIN, memory_budget="1GB")  # type: ignore[arg-type]

@@ -352,3 +352,15 @@ def test_models_of_two_precisions(first: torch.dtype, second: torch.dtype) -> No
     values = found.score(QUERIES, PRETRAINING).values
     assert values.dtype == first
     torch.testing.assert_close(values.double(), expected, rtol=0, atol=0.1 * float(expected.abs().max()))
+
+
+def test_what_is_kept_of_the_first_passes_needs_no_second(tmp_path: Any) -> None:
+    expected = estimator().score(QUERIES, PRETRAINING).values
+    found = MultiStageInfluence(*pair(), *curvatures())
+    reads = []
+    for curvature in (found.curvature, found.finetuned_curvature):
+        curvature.observe = lambda *args, own=curvature.observe, **kw: (reads.append(1), own(*args, **kw))[1]
+    found.fit(PRETRAINING, FINETUNING, disk_budget=10**6, scratch=tmp_path)
+    assert len(reads) == 2
+    torch.testing.assert_close(found.score(QUERIES, PRETRAINING).values, expected)
+    assert not list(tmp_path.iterdir())
