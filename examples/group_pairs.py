@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import gzip
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-PAIRS = ("mnist-logistic", "mnist-mlp", "fashion_mnist-mlp", "concrete-mlp", "parkinsons-mlp")
+PAIRS = ("mnist-logistic", "fashion_mnist-logistic", "mnist-mlp", "fashion_mnist-mlp", "concrete-mlp", "parkinsons-mlp")
 FALLBACK = ("digits-logistic", "digits-mlp")
 DECAY, BATCH = 0.01, 64  # as in [IA]
 
@@ -25,6 +26,8 @@ class Pair:
 
     Attributes:
         outputs: Number of classes; 1 for regression, whose loss is half the squared error.
+        decay: Weight decay.
+        smooth: A small network with tanh, of which there is a minimum to be found, instead of the one of [IA].
     """
 
     name: str
@@ -33,6 +36,8 @@ class Pair:
     target_inputs: Tensor
     target_labels: Tensor
     outputs: int
+    decay: float = DECAY
+    smooth: bool = False
 
     @property
     def logistic(self) -> bool:
@@ -45,8 +50,9 @@ class Pair:
             torch.manual_seed(seed)
             if self.logistic:
                 return nn.Sequential(nn.Linear(width, self.outputs))
-            first, second = (128, 64) if self.outputs > 1 else (64, 32)
-            hidden = (nn.Linear(width, first), nn.ReLU(), nn.Linear(first, second), nn.ReLU())
+            first, second = (32, 16) if self.smooth else (128, 64) if self.outputs > 1 else (64, 32)
+            unit = nn.Tanh if self.smooth else nn.ReLU
+            hidden = (nn.Linear(width, first), unit(), nn.Linear(first, second), unit())
             return nn.Sequential(*hidden, nn.Linear(second, self.outputs))
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
@@ -66,27 +72,46 @@ class Training:
 
     The objective keeps its weight 1/n when rows are left out, as removal is defined by ([IA] section 3.1): the mean
     loss of what is left with the weight decay times n / (number of rows left) has the same minimum. Logistic regression
-    is convex and solved by L-BFGS in float64, whatever the seed; networks take plain SGD as in [IA].
+    is convex and solved by L-BFGS in float64, whatever the seed. So are smooth networks: from the weights that the seed
+    draws where all rows are trained on, from the minimum found there otherwise, so that it is the same one that moves.
+    Other networks take plain SGD as in [IA].
     """
 
     pair: Pair
     epochs: int
     rate: float
+    minima: dict[int, nn.Module] = field(default_factory=dict, repr=False, compare=False)
 
     def __call__(self, ids: tuple[int, ...], seed: int) -> float:
-        return self.pair.target_loss(self.exact(ids) if self.pair.logistic else self.sgd(ids, seed)[-1])
+        return self.pair.target_loss(self.network(ids, seed))
+
+    def network(self, ids: tuple[int, ...], seed: int) -> nn.Module:
+        if self.pair.logistic:
+            return self.exact(ids)
+        if not self.pair.smooth:
+            return self.sgd(ids, seed)[-1]
+        if seed not in self.minima:
+            everyone = tuple(range(len(self.pair.labels)))
+            self.minima[seed] = self.exact(everyone, self.pair.network(seed))
+        return self.minima[seed] if len(ids) == len(self.pair.labels) else self.exact(ids, self.minima[seed])
 
     def decay(self, ids: tuple[int, ...]) -> float:
-        return DECAY * len(self.pair.labels) / len(ids)
+        return self.pair.decay * len(self.pair.labels) / len(ids)
 
-    def exact(self, ids: tuple[int, ...]) -> nn.Module:
-        """The minimum, to a gradient of 1e-7."""
-        network, rows = self.pair.network(0).double(), list(ids)
-        for parameter in network.parameters():
+    def exact(self, ids: tuple[int, ...], start: nn.Module | None = None) -> nn.Module:
+        """The minimum, to a gradient of 1e-7, or 1e-6 from a start; from zeros without one."""
+        network = copy.deepcopy(self.pair.network(0) if start is None else start).double()
+        for parameter in network.parameters() if start is None else ():
             nn.init.zeros_(parameter)
+        rows, tolerance = list(ids), 1e-7 if start is None else 1e-6
         inputs, labels = self.pair.inputs[rows].double(), self.pair.labels[rows]
         optimizer = torch.optim.LBFGS(
-            network.parameters(), max_iter=1000, tolerance_grad=1e-7, tolerance_change=0, line_search_fn="strong_wolfe"
+            network.parameters(),
+            max_iter=5000,
+            max_eval=10000,
+            tolerance_grad=tolerance,
+            tolerance_change=0,
+            line_search_fn="strong_wolfe",
         )
 
         def closure() -> Tensor:
@@ -125,11 +150,12 @@ def found_pairs(data: Path | None) -> list[str]:
     return [name for name in PAIRS if _place(data, name).exists()]
 
 
-def load_pair(name: str, data: Path | None, rows: int, targets: int, pixels: int, seed: int) -> Pair:
+def load_pair(name: str, data: Path | None, rows: int, targets: int, pixels: int, seed: int, **settings: Any) -> Pair:
     """A random part of the data, as large as asked for; of small sets two thirds at most are trained on.
 
     Images are in [0, 1], averaged over blocks to ``pixels`` x ``pixels`` where they are larger; columns of tables, and
     what is predicted, have mean 0 and variance 1 over the training rows. MNIST's own test images are not used.
+    Settings are those of `Pair`.
     """
     kind = name.split("-")[0]
     if kind == "digits":
@@ -149,7 +175,8 @@ def load_pair(name: str, data: Path | None, rows: int, targets: int, pixels: int
         inputs = (inputs - inputs[train].mean(0)) / inputs[train].std(0).clamp_min(1e-6)
         labels = (labels - labels[train].mean(0)) / labels[train].std(0)
     outputs = 1 if labels.is_floating_point() else int(labels.max()) + 1
-    return Pair(name, inputs[train], labels[train], inputs[held_out], labels[held_out], outputs)
+    pair = Pair(name, inputs[train], labels[train], inputs[held_out], labels[held_out], outputs)
+    return replace(pair, **settings)
 
 
 def _place(data: Path | None, name: str) -> Path:

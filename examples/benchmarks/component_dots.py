@@ -30,13 +30,14 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from padding import IGNORED, Row, batches, padded
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -45,9 +46,7 @@ from lightning_influence import BM25Filter, GradientDot, LanguageModelLoss, find
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-Row = dict[str, Tensor]
 COMPONENTS = ["all-linear", "embedding"]
-IGNORED = -100
 
 
 class Sequences(Dataset[Row]):
@@ -59,17 +58,6 @@ class Sequences(Dataset[Row]):
 
     def __getitem__(self, k: int) -> Row:
         return self.rows[k]
-
-
-def padded(rows: list[Row]) -> Row:
-    def pad(values: list[Tensor], fill: int) -> Tensor:
-        return nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=fill)
-
-    return {
-        "input_ids": pad([row["input_ids"] for row in rows], 0),
-        "attention_mask": pad([torch.ones_like(row["input_ids"]) for row in rows], 0),
-        "labels": pad([row["labels"] for row in rows], IGNORED),
-    }
 
 
 @dataclass
@@ -153,15 +141,6 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
     start, used = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - start, time.process_time() - used
-
-
-def batches(rows: list[Row], positions: int) -> Iterator[Row]:
-    """Sorted by length, as many as fit."""
-    rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
-    while rows:
-        count = max(1, positions // len(rows[0]["input_ids"]))
-        yield padded(rows[:count])
-        rows = rows[count:]
 
 
 def bare(problem: Problem) -> None:

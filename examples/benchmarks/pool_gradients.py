@@ -1,9 +1,10 @@
 """Projected gradients of a pool, written to a file: against bare passes, and against LESS's way.
 
-    python examples/benchmarks/pool_gradients.py [--quick] [--rows 64] [--dimensions 8192] [--repeats 3]
+    python examples/benchmarks/pool_gradients.py [--quick] [--rows 16] [--dimensions 8192] [--repeats 3]
 
-SmolLM2-135M's shape with random weights, sequences of random tokens (mean 100) of which the second half is supervised.
-Taken in turn, medians printed:
+SmolLM2-135M-Instruct (a small model with --quick), sequences of random tokens (mean 100) of which the second half is
+supervised. Taken in turn, medians printed; with one thread the seconds are those of the processor, which others that
+use the machine do not add to:
 
 * all linear layers: a bare forward and backward pass with weight gradients, and ours, `ProjectedDot(LoGra).write`, in
   batches of the same size, float16 on disk;
@@ -21,34 +22,42 @@ import json
 import math
 import random
 import statistics
+import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from padding import IGNORED, Row, batches, padded
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 from trak.projectors import BasicProjector, ProjectionType
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_influence import LanguageModelLoss, LoGra, ProjectedDot
 
-Row = dict[str, Tensor]
-IGNORED = -100
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # the other examples
+
+from smollm2 import load_smollm2
+
+VOCABULARY = 4096  # tokens that are drawn; the real model has more
 
 
 def model_of(args: argparse.Namespace) -> nn.Module:
+    """The real model, or a small one of its kind with random weights."""
+    if not args.quick:
+        return load_smollm2(args.cache)[0]
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=args.vocabulary,
-        hidden_size=args.width,
-        intermediate_size=args.width * 8 // 3,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.width // 64,
-        num_key_value_heads=args.width // 192 or 1,
+        vocab_size=VOCABULARY,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=3,
+        num_key_value_heads=1,
         tie_word_embeddings=True,
         max_position_embeddings=2048,
     )
@@ -60,31 +69,11 @@ def rows_of(args: argparse.Namespace) -> list[Row]:
     rows = []
     for _ in range(args.rows):
         length = min(512, max(20, round(generator.lognormvariate(math.log(90), 0.45))))
-        tokens = torch.tensor([generator.randrange(args.vocabulary) for _ in range(length)])
+        tokens = torch.tensor([generator.randrange(VOCABULARY) for _ in range(length)])
         labels = tokens.clone()
         labels[: length // 2] = IGNORED
         rows.append({"input_ids": tokens, "labels": labels})
     return rows
-
-
-def padded(rows: list[Row]) -> Row:
-    def pad(values: list[Tensor], fill: int) -> Tensor:
-        return nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=fill)
-
-    return {
-        "input_ids": pad([row["input_ids"] for row in rows], 0),
-        "attention_mask": pad([torch.ones_like(row["input_ids"]) for row in rows], 0),
-        "labels": pad([row["labels"] for row in rows], IGNORED),
-    }
-
-
-def batches(rows: list[Row], positions: int) -> Iterator[Row]:
-    """Sorted by length, as many as fit."""
-    rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
-    while rows:
-        count = max(1, positions // len(rows[0]["input_ids"]))
-        yield padded(rows[:count])
-        rows = rows[count:]
 
 
 def bare(model: nn.Module, rows: list[Row], args: argparse.Namespace) -> None:
@@ -118,26 +107,25 @@ def less(model: nn.Module, rows: list[Row], args: argparse.Namespace) -> None:
 
 
 def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     work()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small model, within a minute")
-    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--dimensions", type=int, default=8192)
     parser.add_argument("--positions", type=int, default=1024, help="of a batch, padding included")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--less-rows", type=int, default=1, help="that LESS's way is timed on")
     parser.add_argument("--rank", type=int, default=8, help="of LoRA")
-    parser.add_argument("--width", type=int, default=576)
-    parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--vocabulary", type=int, default=49152)
+    parser.add_argument("--cache", type=Path, default=Path("runs/models"), help="weights of the real model")
     args = parser.parse_args()
     if args.quick:
-        args.width, args.layers, args.vocabulary, args.dimensions, args.rows = 192, 4, 4096, 1024, 24
+        args.dimensions, args.rows = 1024, 24
     return args
 
 
