@@ -98,7 +98,13 @@ def _fill(path: Path, shape: tuple[int, int], dtype: torch.dtype, settings: dict
         files.write_json(notes, state)
     for count, (rows, vectors) in enumerate(work(state["batches"]), start=1):
         kept = vectors.to("cpu", dtype)
-        state["rounded"] += _badly_rounded(rows, vectors.cpu(), kept)
+        try:
+            state["rounded"] += _badly_rounded(rows, vectors.cpu(), kept)
+        except ValueError:  # no later run could end it, but one of another dtype at this place shall start
+            del matrix
+            for leftover in (partial, notes):
+                leftover.unlink()
+            raise
         matrix[rows.numpy()] = kept.numpy()
         state["batches"] += 1
         if count % FLUSH == 0:

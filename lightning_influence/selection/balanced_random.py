@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from lightning_influence.estimators.factors import Factors
 from lightning_influence.selection.admission import Admission
-from lightning_influence.selection.base import SelectionRule
 from lightning_influence.selection.constraints import Sources
+from lightning_influence.selection.filling_rule import FillingRule
 from lightning_influence.selection.row_data import of_rows
 
 
 @dataclass(frozen=True, eq=False)
-class BalancedRandom(SelectionRule):
+class BalancedRandom(FillingRule):
     """A draw without replacement in which the sources of the rows take turns; one that has no rows left drops out.
 
     The order of the sources and the draw within each depend on the seed alone, not on the order of the pool. Values and
@@ -47,10 +46,7 @@ class BalancedRandom(SelectionRule):
                 "sequence by position, or a mapping or function by id."
             )
 
-    def _pick(self, pool: Factors, budget: int) -> Sequence[int]:
-        admission = Admission.of_rows(pool, budget)
-        self._fill(pool, admission)
-        return admission.picks
+    weighs_costs: ClassVar[bool] = False
 
     def _fill(self, pool: Factors, admission: Admission) -> None:
         generator = torch.Generator().manual_seed(self.seed)

@@ -78,8 +78,8 @@ class SelectionRule(ABC):
     def _fill(self, pool: Factors, admission: Admission) -> None:
         """Takes rows of the admission until it has no more.
 
-        As it stands, right for members whose picks are a ranking of the pool. One that looks at the rows chosen so far
-        overrides it: it takes the best of the open rows, again and again. Without constraints it picks as `_pick`.
+        As it stands, right for members whose picks are a ranking of the pool; one that looks at the rows chosen so far
+        is a `FillingRule`. Without constraints it picks as `_pick`.
         """
         admission.walk(self._pick(pool, len(pool)))
 

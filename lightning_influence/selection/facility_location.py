@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from lightning_influence.estimators.factors import Factors, Id
 from lightning_influence.selection.admission import Admission
-from lightning_influence.selection.base import SelectionRule
+from lightning_influence.selection.filling_rule import FillingRule
 from lightning_influence.selection.row_data import checked_embeddings, unit_rows
 
 ELEMENTS = 2**23  # similarities at once: 64 MiB
@@ -20,7 +20,7 @@ BLOCK = 16  # rows whose gain is brought up to date together
 
 
 @dataclass(frozen=True, eq=False)
-class FacilityLocation(SelectionRule):
+class FacilityLocation(FillingRule):
     """Greedy on Σ_i max_{j∈S} s_ij, with s_ij the cosine of rows i and j where it is positive, and 0 elsewhere.
 
     Adds the row that raises the sum most, k times; equal rows by id (what float64 cannot tell apart is equal). The sum
@@ -48,13 +48,6 @@ class FacilityLocation(SelectionRule):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "embeddings", checked_embeddings("FacilityLocation", self.embeddings, self.ids))
-
-    weighs_costs: ClassVar[bool] = True
-
-    def _pick(self, pool: Factors, budget: int) -> Sequence[int]:
-        admission = Admission.of_rows(pool, budget)
-        self._fill(pool, admission)
-        return admission.picks
 
     def _fill(self, pool: Factors, admission: Admission) -> None:
         by_id = pool.id_ranks.cpu().argsort()

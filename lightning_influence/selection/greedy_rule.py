@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -12,26 +11,19 @@ from tqdm.auto import tqdm
 
 from lightning_influence.estimators.factors import Factors
 from lightning_influence.selection.admission import Admission
-from lightning_influence.selection.base import SelectionRule
+from lightning_influence.selection.filling_rule import FillingRule
 from lightning_influence.selection.greedy_ties import ROUNDING, magnitudes, metric_size
 
 _DELAY = 5.0  # seconds before a progress bar is shown
 
 
-class GreedyRule(SelectionRule):
+class GreedyRule(FillingRule):
     """Adds rows one by one, by what each is predicted to change given the rows before it ([IA] section 3.2, eq. 12).
 
     Members say how the next rows are found. Two rows whose scores float64 cannot tell apart (their rounding errors
     overlap) are tied, and the smaller id wins. All rows of the budget are picked even when late ones are predicted to
     raise the loss: read the gains. A progress bar appears after five seconds.
     """
-
-    weighs_costs: ClassVar[bool] = True
-
-    def _pick(self, pool: Factors, budget: int) -> Sequence[int]:
-        admission = Admission.of_rows(pool, budget)
-        self._fill(pool, admission)
-        return admission.picks
 
     def _fill(self, pool: Factors, admission: Admission) -> None:
         if pool.features is None:

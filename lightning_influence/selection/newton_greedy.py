@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from lightning_influence.estimators.factors import Factors, Id, check_finite
 from lightning_influence.selection.admission import Admission
-from lightning_influence.selection.base import SelectionRule
+from lightning_influence.selection.filling_rule import FillingRule
 from lightning_influence.selection.row_data import places
 
 _ROUNDING = 64 * torch.finfo(torch.float64).eps  # what a product of a few thousand terms may be off
@@ -22,7 +22,7 @@ _LONG = 2e10  # multiplications, about ten seconds on one core
 
 
 @dataclass(frozen=True, eq=False)
-class NewtonGreedy(SelectionRule):
+class NewtonGreedy(FillingRule):
     """Adds, k times, the row after which one Newton step on the rows chosen so far lowers the target loss most.
 
     Interactions ([IA] section 3.2) ask what small weights of the chosen rows add to the training objective. Here the
@@ -79,13 +79,6 @@ class NewtonGreedy(SelectionRule):
         if not number or not 0 < self.ridge < math.inf:
             raise ValueError(f"`NewtonGreedy(ridge={self.ridge!r})`: expected a finite number > 0, such as 0.1.")
         object.__setattr__(self, "unseen", _checked_unseen(self.unseen, self.ids))
-
-    weighs_costs: ClassVar[bool] = True
-
-    def _pick(self, pool: Factors, budget: int) -> Sequence[int]:
-        admission = Admission.of_rows(pool, budget)
-        self._fill(pool, admission)
-        return admission.picks
 
     def _fill(self, pool: Factors, admission: Admission) -> None:
         if pool.features is None:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
 from lightning_influence.estimators.factors import Factors, Id
 from lightning_influence.selection.admission import Admission
-from lightning_influence.selection.base import SelectionRule
+from lightning_influence.selection.filling_rule import FillingRule
 from lightning_influence.selection.row_data import checked_embeddings, unit_rows
 
 BLOCK = 512  # rows that are compared with the picks at once
 
 
 @dataclass(frozen=True, eq=False)
-class RedundancyFilter(SelectionRule):
+class RedundancyFilter(FillingRule):
     """Walks the rows by falling value, and skips one whose cosine with a row taken before exceeds the threshold.
 
     The filter of deita (Liu et al. 2024, section 3.4), where the value of a row is its quality and the vectors are
@@ -49,13 +49,6 @@ class RedundancyFilter(SelectionRule):
         if isinstance(given, bool) or not isinstance(given, int | float) or not -1 < given <= 1:
             raise ValueError(f"`RedundancyFilter(threshold={given!r})`: expected a cosine in (-1, 1], such as 0.9.")
         object.__setattr__(self, "embeddings", checked_embeddings("RedundancyFilter", self.embeddings, self.ids))
-
-    weighs_costs: ClassVar[bool] = True
-
-    def _pick(self, pool: Factors, budget: int) -> Sequence[int]:
-        admission = Admission.of_rows(pool, budget)
-        self._fill(pool, admission)
-        return admission.picks
 
     def _fill(self, pool: Factors, admission: Admission) -> None:
         by_id = pool.id_ranks.cpu().argsort()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,14 +11,14 @@ from torch import Tensor
 from lightning_influence.estimators.factors import Factors, Id, check_finite, check_ids
 from lightning_influence.estimators.scores import Scores
 from lightning_influence.selection.admission import Admission
-from lightning_influence.selection.base import SelectionRule
+from lightning_influence.selection.filling_rule import FillingRule
 from lightning_influence.selection.row_data import places
 
 _PIECE = 1024
 
 
 @dataclass(frozen=True, eq=False)
-class RoundRobin(SelectionRule):
+class RoundRobin(FillingRule):
     """The targets take turns, in the order in which they are given, and each takes its best row that nobody has.
 
     As RDS+ chooses (Ivison et al. 2025): over the queries of one task with the scores of an estimator as they are, over
@@ -62,13 +61,6 @@ class RoundRobin(SelectionRule):
 
     def __repr__(self) -> str:
         return f"RoundRobin({len(self._table)} targets)"
-
-    weighs_costs: ClassVar[bool] = True
-
-    def _pick(self, pool: Factors, budget: int) -> Sequence[int]:
-        admission = Admission.of_rows(pool, budget)
-        self._fill(pool, admission)
-        return admission.picks
 
     def _fill(self, pool: Factors, admission: Admission) -> None:
         by_id = pool.id_ranks.argsort()

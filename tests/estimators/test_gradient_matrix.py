@@ -111,6 +111,9 @@ def test_numbers_that_do_not_fit(tmp_path: Path) -> None:
     large[2, 1] = 1e5
     with pytest.raises(ValueError, match=r"1 examples do not fit .* \(ids \[2\], largest number 1e\+05"):
         write_matrix(tmp_path / "large.npy", 6, 2, torch.float16, {}, batches(large, 3))
+    assert not list(tmp_path.iterdir())  # nothing is left that another dtype would stumble over
+    found = write_matrix(tmp_path / "large.npy", 6, 2, torch.float32, {}, batches(large, 3))
+    assert torch.equal(found.values, large)
     small = torch.ones(6, 2)
     small[4] = 1e-8
     with pytest.warns(UserWarning, match=r"1 of 6 vectors are too short for torch.float16"):
