@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -25,6 +26,7 @@ from lightning_influence.capture.component import Select
 from lightning_influence.capture.finite import NanPolicy, check_gradients, check_nan_policy, omit_nonfinite
 from lightning_influence.capture.sampling import Uniforms
 from lightning_influence.curvature.kept import KeptRecords
+from lightning_influence.curvature.weights import Weights, changed, weights_of
 from lightning_influence.errors import NotFittedError
 
 Fisher: TypeAlias = Literal["sampled", "empirical"]
@@ -50,6 +52,7 @@ class Curvature(ABC):
     components: tuple[Component, ...] = ()
     fitted: bool = False
     omitted: tuple[int, ...] = ()
+    _weights: Weights = MappingProxyType({})
 
     def start(self, components: Sequence[Component]) -> None:
         """Begin the first pass, forgetting what was seen before.
@@ -58,7 +61,7 @@ class Curvature(ABC):
             ValueError: If the components are more than the curvature can hold.
         """
         self.components = tuple(components)
-        self.fitted = self.num_passes == 0
+        self.fitted, self._weights = self.num_passes == 0, {}
 
     @abstractmethod
     def update(self, component: Component, record: LayerRecord) -> None:
@@ -183,7 +186,7 @@ class Curvature(ABC):
     def load_state(self, components: Sequence[Component], state: Mapping[str, Tensor]) -> None:
         """Restore what `state` returned."""
         self.components = tuple(components)
-        self.fitted = True
+        self.fitted, self._weights = True, {}
 
     def fit(
         self,
@@ -241,6 +244,7 @@ class Curvature(ABC):
                 for ids, batch in bar:
                     self.observe(capture, ids, batch, loss, keep=keep)
                 self.close_pass(capture, loader, loss)
+            self._weights = weights_of(model, self.components) if self.num_passes else {}
         return self
 
     def observe(
@@ -316,6 +320,10 @@ class Curvature(ABC):
             return found.sampled_losses(model, batch, Uniforms(ids, self.seed))
 
         return capture.record(batch, losses, ids, found.position_mask(batch), found.batch_size(batch))
+
+    def changed(self, model: nn.Module) -> list[str]:
+        """Parameters of a model that are not what `fit` saw; none where that is not known, as of a curvature read."""
+        return changed(self._weights, weights_of(model, self.components)) if self._weights else []
 
     def __repr__(self) -> str:
         """How to build an unfitted twin."""

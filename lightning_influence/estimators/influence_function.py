@@ -17,6 +17,7 @@ from lightning_influence.capture.finite import NanPolicy, check_gradients, check
 from lightning_influence.curvature import EKFAC, Curvature
 from lightning_influence.errors import NotFittedError
 from lightning_influence.estimators.base import Estimator, Labels, Loss, damping_label, inverse_length
+from lightning_influence.estimators.queries import warn_of_changed
 from lightning_influence.store import Store
 
 
@@ -95,7 +96,9 @@ class InfluenceFunction(Estimator):
             scratch: Folder for these files; None takes the system's.
         """
         check_nan_policy("InfluenceFunction.fit", nan_policy)
-        if not self.curvature.fitted:
+        if self.curvature.fitted:
+            warn_of_changed("InfluenceFunction", self.curvature, self.model)
+        else:
             self.curvature.fit(
                 self.model,
                 self._loader(train),
@@ -131,6 +134,7 @@ class InfluenceFunction(Estimator):
         """
         loader = self._loader(data)
         self._check_fitted("features")
+        warn_of_changed("InfluenceFunction", self.curvature, self.model)
         self._check_room(loader.num_examples)
         if supervised:
             self._check_queries(loader)
@@ -167,6 +171,7 @@ class InfluenceFunction(Estimator):
     def transform(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``(G + damping I)^{-1} g_q``."""
         self._check_fitted("score")
+        warn_of_changed("InfluenceFunction", self.curvature, self.model)
         return self.curvature.precondition(gradients)
 
     def _query_gradient(self, component: Component, record: LayerRecord) -> Tensor:
@@ -176,7 +181,10 @@ class InfluenceFunction(Estimator):
         return self.curvature.rotated(component, record)
 
     def _transform_queries(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return self.curvature.precondition_rotated(gradients) if self._plain else super()._transform_queries(gradients)
+        if not self._plain:
+            return super()._transform_queries(gradients)
+        warn_of_changed("InfluenceFunction", self.curvature, self.model)
+        return self.curvature.precondition_rotated(gradients)
 
     @property
     def _plain(self) -> bool:

@@ -20,6 +20,7 @@ from lightning_influence.errors import NotFittedError
 from lightning_influence.estimators.base import Estimator, Labels, Loss, damping_label
 from lightning_influence.estimators.gradient_dot import GradientDot
 from lightning_influence.estimators.merged import adapted
+from lightning_influence.estimators.queries import warn_of_changed
 from lightning_influence.estimators.shared import Match, distance, is_inner, match_components
 from lightning_influence.store import Store
 
@@ -197,6 +198,8 @@ class MultiStageInfluence(Estimator):
                 f"`MultiStageInfluence.score`: not fitted yet: {' and '.join(unfitted)}. Call fit(pretraining, "
                 "finetuning) first, or read recorded factors with MultiStageInfluence.from_stores(...)."
             )
+        warn_of_changed("MultiStageInfluence", self.curvature, self.model, "the pre-trained model")
+        warn_of_changed("MultiStageInfluence", self.finetuned_curvature, self.finetuned, "the fine-tuned model")
         solved = {}
         for one, other in self.shared:
             half = self.finetuned_curvature.solve(other, gradients[other.name])

@@ -76,6 +76,18 @@ def warn_of_flat(owner: str, query_loss: Loss, gradients: Mapping[str, Tensor]) 
         )
 
 
+def warn_of_changed(call: str, curvature: Curvature, model: nn.Module, which: str = "the model") -> None:
+    """Warn of a curvature that was fitted on other weights than the gradients are taken at."""
+    odd = curvature.changed(model)
+    if odd:
+        warnings.warn(
+            f"{call}: {type(curvature).__name__} was fitted on other weights than {which} has now ({len(odd)} of them "
+            f"differ, such as {odd[:3]}), so that gradients at one place are weighed by the curvature at another. Fit "
+            "it again, or load the weights it was fitted on; go on only if another place is what is meant.",
+            stacklevel=3,
+        )
+
+
 def damping_label(curvature: Curvature) -> str | None:
     """Description of a curvature's damping, for the labels of scores."""
     settings = curvature.settings()

@@ -280,3 +280,25 @@ def test_what_is_kept_of_the_first_pass_needs_no_second(budgets: dict[str, Any],
     assert plain.reads - kept.reads == len(TRAIN)
     with pytest.raises(ValueError, match=r"`fit\(memory_budget='1GB'\)`: expected a number of bytes"):
         InfluenceFunction(model, EKFAC()).fit(TRAIN, memory_budget="1GB")  # type: ignore[arg-type]
+
+
+def test_a_curvature_of_other_weights_warns() -> None:
+    """Whichever of the two has moved; gradients at one place and curvature at another may be meant."""
+    curvature, other = EKFAC().fit(mlp(), TRAIN), mlp()
+    with torch.no_grad():
+        other[0].weight += 0.1
+    message = (
+        r"EKFAC was fitted on other weights than the model has now \(1 parameters differ, such as \['0.weight'\]\)"
+    )
+    influence = InfluenceFunction(other, curvature)
+    for call in (
+        lambda: influence.score(QUERIES, TRAIN),
+        lambda: influence.self_influence(TRAIN),
+        lambda: influence.features(TRAIN),
+        lambda: influence.fit(TRAIN),
+    ):
+        with pytest.warns(UserWarning, match=message):
+            call()
+    InfluenceFunction(mlp().float(), curvature).score(
+        [(x.float(), y) for x, y in QUERIES], [(x.float(), y) for x, y in TRAIN]
+    )

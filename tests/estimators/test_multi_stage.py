@@ -364,3 +364,13 @@ def test_what_is_kept_of_the_first_passes_needs_no_second(tmp_path: Any) -> None
     assert len(reads) == 2
     torch.testing.assert_close(found.score(QUERIES, PRETRAINING).values, expected)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("which", ["pre-trained", "fine-tuned"])
+def test_a_curvature_of_other_weights_warns(which: str) -> None:
+    found = estimator()
+    moved = found.model.up if which == "pre-trained" else found.finetuned.backbone["up"]
+    with torch.no_grad():
+        moved.bias += 0.1
+    with pytest.warns(UserWarning, match=rf"EKFAC was fitted on other weights than the {which} model has now"):
+        found.score(QUERIES, PRETRAINING)
