@@ -20,13 +20,9 @@ from lightning_influence.errors import StoreError
 
 
 class BlockwiseCurvature(Curvature):
-    """A block-diagonal Fisher; members differ in the number of passes over the data.
+    """A block-diagonal Fisher; members differ in their blocks and in the number of passes over the data.
 
-    Args:
-        damping: Absolute damping; None takes a share of each component's mean eigenvalue.
-        damping_share: That share; 0.1 as in Grosse et al. 2023.
-        fisher: ``"sampled"`` labels from the model, or ``"empirical"``.
-        seed: Of the sampled labels.
+    Arguments are the first four of `EKFAC`.
 
     Raises:
         ValueError: If an argument is out of range.

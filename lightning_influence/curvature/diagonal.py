@@ -12,7 +12,7 @@ class Diagonal(BlockwiseCurvature):
 
     One pass over the data and one number per parameter. Unlike K-FAC it takes parameters for independent, and unlike
     Adam's second moments it averages squares of examples, not of batch means.
-    Arguments are those of `BlockwiseCurvature`.
+    Arguments are the first four of `EKFAC`.
     """
 
     num_passes = 1

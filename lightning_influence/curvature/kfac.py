@@ -8,7 +8,7 @@ from lightning_influence.curvature.kronecker import KroneckerCurvature
 class KFAC(KroneckerCurvature):
     """Layer by layer ``S ⊗ A`` times the mean number of positions of an example; one pass over the data.
 
-    Arguments are those of `KroneckerCurvature`, which says how each kind of layer is covered.
+    Arguments are those of `EKFAC`, which says how each kind of layer is covered.
     """
 
     num_passes = 1

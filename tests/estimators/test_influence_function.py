@@ -287,9 +287,7 @@ def test_a_curvature_of_other_weights_warns() -> None:
     curvature, other = EKFAC().fit(mlp(), TRAIN), mlp()
     with torch.no_grad():
         other[0].weight += 0.1
-    message = (
-        r"EKFAC was fitted on other weights than the model has now \(1 parameters differ, such as \['0.weight'\]\)"
-    )
+    message = r"EKFAC was fitted on other weights than the model has now \(1 parameters differ, such as \['0.weight'\]"
     influence = InfluenceFunction(other, curvature)
     for call in (
         lambda: influence.score(QUERIES, TRAIN),
@@ -299,6 +297,5 @@ def test_a_curvature_of_other_weights_warns() -> None:
     ):
         with pytest.warns(UserWarning, match=message):
             call()
-    InfluenceFunction(mlp().float(), curvature).score(
-        [(x.float(), y) for x, y in QUERIES], [(x.float(), y) for x, y in TRAIN]
-    )
+    narrow = [(x.float(), y) for x, y in TRAIN]
+    InfluenceFunction(mlp().float(), curvature).score(narrow[:3], narrow)
