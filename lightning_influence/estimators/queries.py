@@ -83,7 +83,7 @@ def warn_of_changed(call: str, curvature: Curvature, model: nn.Module, which: st
         warnings.warn(
             f"{call}: {type(curvature).__name__} was fitted on other weights than {which} has now ({len(odd)} "
             f"parameters differ, such as {odd[:3]}), so that gradients at one place are weighed by the curvature at "
-            "another. Fit it again, or load the weights it was fitted on; go on only if another place is what is meant.",
+            "another. Fit it again, or load the weights of the fit; go on only if another place is what is meant.",
             stacklevel=3,
         )
 

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.utils.data import default_collate
 
-from lightning_influence.curvature import EKFAC, KFAC, Diagonal, Exact, ProjectedGram
+from lightning_influence.capture import GradientCapture
+from lightning_influence.curvature import CG, CURVATURES, EKFAC, KFAC, Curvature, Diagonal, Exact, LiSSA, ProjectedGram
 from lightning_influence.curvature.damping import check_damping, check_invertible, damping_of
+from tests.curvature.models import mlp, points
 
 
 def test_absolute_damping_wins() -> None:
@@ -84,3 +90,31 @@ def test_it_is_refused_before_anything_is_solved(name: str, dtype: torch.dtype) 
     sound = MEMBERS[name](1e-6).fit(model, data)
     solved = sound.precondition({"": torch.ones(2, 3, 5, dtype=dtype)})[""]
     assert solved.isfinite().all()
+
+
+@pytest.mark.parametrize("share", [None, 0.3])
+@pytest.mark.parametrize("name", [*sorted(CURVATURES), "CG", "LiSSA"])
+def test_use_changes_nothing(name: str, share: float | None) -> None:
+    """Solved, multiplied and whitened with any number of times, it gives the same numbers."""
+    kinds: dict[str, type[Curvature]] = {**CURVATURES, "CG": CG, "LiSSA": LiSSA}
+    options: dict[str, Any] = (
+        {} if name == "Identity" else {"damping": 0.5} if share is None else {"damping_share": share}
+    )
+    options |= {"Arnoldi": {"rank": 3, "steps": 10}, "LiSSA": {"depth": 20, "tolerance": 0.5}}.get(name, {})
+    model, data = mlp(), points()
+    curvature = kinds[name](**options).fit(model, data)
+    with GradientCapture(model) as capture:
+        records = list(zip(capture.components, capture.record(default_collate(data), losses), strict=True))
+    gradients = {component.name: record.example_gradients() for component, record in records}
+    first = curvature.precondition(gradients)
+    for component, record in records:
+        curvature.solve(component, gradients[component.name])
+        if name in ("Diagonal", "EKFAC", "Exact", "KFAC", "ProjectedGram"):
+            curvature.whiten(component, record)
+    curvature.multiply(gradients)
+    for key, value in curvature.precondition(gradients).items():
+        assert torch.equal(value, first[key])
+
+
+def losses(model: nn.Module, batch: Any) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
