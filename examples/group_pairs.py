@@ -73,8 +73,8 @@ class Training:
     The objective keeps its weight 1/n when rows are left out, as removal is defined by ([IA] section 3.1): the mean
     loss of what is left with the weight decay times n / (number of rows left) has the same minimum. Logistic regression
     is convex and solved by L-BFGS in float64, whatever the seed. So are smooth networks: from the weights that the seed
-    draws where all rows are trained on, from the minimum found there otherwise, so that it is the same one that moves.
-    Other networks take plain SGD as in [IA].
+    draws where all rows are trained on, from the minimum found there otherwise (so that it is the same one that moves;
+    of logistic regression there is but one, which is then found sooner). Other networks take plain SGD as in [IA].
     """
 
     pair: Pair
@@ -86,24 +86,24 @@ class Training:
         return self.pair.target_loss(self.network(ids, seed))
 
     def network(self, ids: tuple[int, ...], seed: int) -> nn.Module:
-        if self.pair.logistic:
-            return self.exact(ids)
-        if not self.pair.smooth:
+        logistic, everything = self.pair.logistic, len(ids) == len(self.pair.labels)
+        if not logistic and not self.pair.smooth:
             return self.sgd(ids, seed)[-1]
+        seed = 0 if logistic else seed
         if seed not in self.minima:
             everyone = tuple(range(len(self.pair.labels)))
-            self.minima[seed] = self.exact(everyone, self.pair.network(seed))
-        return self.minima[seed] if len(ids) == len(self.pair.labels) else self.exact(ids, self.minima[seed])
+            self.minima[seed] = self.exact(everyone, None if logistic else self.pair.network(seed))
+        return self.minima[seed] if everything else self.exact(ids, self.minima[seed])
 
     def decay(self, ids: tuple[int, ...]) -> float:
         return self.pair.decay * len(self.pair.labels) / len(ids)
 
     def exact(self, ids: tuple[int, ...], start: nn.Module | None = None) -> nn.Module:
-        """The minimum, to a gradient of 1e-7, or 1e-6 from a start; from zeros without one."""
+        """The minimum, to a gradient of 1e-7, or 1e-6 of a network; from zeros without a start."""
         network = copy.deepcopy(self.pair.network(0) if start is None else start).double()
         for parameter in network.parameters() if start is None else ():
             nn.init.zeros_(parameter)
-        rows, tolerance = list(ids), 1e-7 if start is None else 1e-6
+        rows, tolerance = list(ids), 1e-7 if self.pair.logistic else 1e-6
         inputs, labels = self.pair.inputs[rows].double(), self.pair.labels[rows]
         optimizer = torch.optim.LBFGS(
             network.parameters(),
