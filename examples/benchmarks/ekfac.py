@@ -155,7 +155,8 @@ def ours(
     seconds = {"fit": timed(lambda: fit(int(1e9 * args.disk)))[0]}
     if fisher == "sampled" and not args.only and args.disk:
         seconds["fit_again"] = timed(lambda: fit(0))[0]
-    influence = InfluenceFunction(model, curvature, LanguageModelLoss(), **given)
+    # as kronfluence, which keeps the gradients of all queries at a time
+    influence = InfluenceFunction(model, curvature, LanguageModelLoss(), memory_budget=int(1e9 * args.memory), **given)
     seconds["score"], scores = timed(lambda: influence.score(queries, data))
     if args.rank is not None:
         seconds["low_rank"] = timed(lambda: influence.score(queries, data, rank=args.rank))[0]
@@ -230,6 +231,7 @@ def peak_memory(which: str, args: argparse.Namespace) -> float:
         "queries",
         "batch",
         "disk",
+        "memory",
         "width",
         "layers",
         "vocabulary",
@@ -272,6 +274,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rank", type=int, help="of the queries, for low-rank scoring beside the exact one")
     parser.add_argument("--disk", type=float, default=16, help="GB for files between the passes of our fit, 0 for none")
+    parser.add_argument("--memory", type=float, default=8, help="GB for the gradients of queries in our scoring")
     parser.add_argument("--width", type=int, default=256, help="of neox")
     parser.add_argument("--layers", type=int, default=4, help="of neox")
     parser.add_argument("--vocabulary", type=int, default=8000, help="of neox")
