@@ -29,7 +29,16 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_influence import EKFAC, CurvatureRecorder, DataSelector, InfluenceFunction, Interactions, Random, TopK
+from lightning_influence import (
+    EKFAC,
+    CurvatureRecorder,
+    DataSelector,
+    InfluenceFunction,
+    InteractionGreedy,
+    Interactions,
+    Random,
+    TopK,
+)
 from lightning_influence.callbacks import Record
 from lightning_influence.metrics import class_entropy
 from lightning_influence.selection.pipeline import choose
@@ -145,7 +154,7 @@ def trial(run: Run, noise: float, seed: int) -> Iterator[Result]:
     say.done(f"warm-up of {run.warm_up_steps} steps, curvature recorded, pool scored")
 
     for share in run.sizes:
-        data = DataSelector(digits.pool, digits.targets, share, batch_size=BATCH)
+        data = DataSelector(digits.pool, digits.targets, share, rule=InteractionGreedy(), batch_size=BATCH)
         chosen = {"interaction-aware": data.select(warm, store=record.path, progress=False)}
         for method, rule in {"additive": TopK(), "random": Random(seed)}.items():
             chosen[method] = choose(scores, rule, chosen["interaction-aware"].budget)

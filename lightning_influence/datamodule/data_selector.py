@@ -60,7 +60,8 @@ class DataSelector(ServedRows):
         leaks: Of the targets, what is done about pool rows that stand there too: "warn", "refuse" or "exclude".
         target_weights: Of targets by name, see `select_training_data`.
         across: The same.
-        rule: None for ``InteractionGreedy()``; ``"newton"`` for `NewtonGreedy` with a ridge that suits the pool.
+        rule: None for ``"newton"``, `NewtonGreedy` with a ridge that suits the pool, or for ``InteractionGreedy()``
+            where a ``weight`` is given.
         curvature: None for ``EKFAC()``.
         components: Which parameters, see `find_components`; None for everything trainable.
         loss: Loss of one example, see `resolve_loss`.

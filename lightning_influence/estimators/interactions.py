@@ -152,6 +152,7 @@ class Interactions:
         curvature_targets: Tensor | None = None,
         ids: Sequence[Id] | None = None,
         *,
+        shares: Tensor | None = None,
         damping: str | float | None = None,
     ) -> Interactions:
         """Interactions of whitened gradients, at weight 1: what `NewtonGreedy` chooses by.
@@ -166,6 +167,8 @@ class Interactions:
             curvature_targets: Features of the targets under labels sampled from the model, [m', r]; None: the
                 targets' own labels (empirical Fisher).
             ids: Ids of the pool examples; row numbers by default.
+            shares: Factor of each target example's loss in f, [m]; None for the mean, 1/m. Of the Fisher too, which is
+                indefinite where one is negative; sampled labels need one draw for each target then.
             damping: Of G, for the description.
 
         Raises:
@@ -178,17 +181,24 @@ class Interactions:
                 f"`{call}(features={list(features.shape)}, targets={list(targets.shape)})`: "
                 "expected [n, r] and [m, r], with m >= 1, in one basis."
             )
+        if shares is not None and not shares.shape == targets.shape[:1] == fisher.shape[:1]:
+            raise ValueError(
+                f"`{call}(shares={list(shares.shape)})`: expected one for each of {len(targets)} targets, and as many "
+                "curvature targets."
+            )
         names = check_ids(call, ids, len(features))
         check_finite(call, "features", features.isfinite().all(dim=1), names)
         for argument, rows in (("targets", targets), ("curvature_targets", fisher)):
             check_finite(call, argument, rows.isfinite().all(dim=1), range(len(rows)), "target examples")
         m = len(targets)
         features, both = thinned(features, targets if curvature_targets is None else torch.cat([targets, fisher]))
-        fisher = (both if curvature_targets is None else both[m:]).double()
+        goals, fisher = both[:m].double(), (both if curvature_targets is None else both[m:]).double()
+        factors = fisher.new_ones(m) / m if shares is None else shares.to(fisher)
+        spread = fisher / len(fisher) if shares is None else fisher * factors[:, None]
         return cls(
-            gram(features, both[:m].double().mean(dim=0, keepdim=True))[:, 0],
+            gram(features, (factors @ goals)[None])[:, 0],
             features,
-            fisher.T @ fisher / len(fisher),
+            spread.T @ fisher,
             ids=names,
             weight=1.0,
             target_curvature=f"{'empirical' if curvature_targets is None else 'sampled'} Fisher",

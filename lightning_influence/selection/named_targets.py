@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
 from lightning_influence.capture import ExampleLoader
@@ -13,7 +15,6 @@ from lightning_influence.estimators.interactions import Interactions
 from lightning_influence.estimators.scores import Scores
 from lightning_influence.selection.aggregate import Reduce, Weights, aggregate, target_interactions
 from lightning_influence.selection.base import SelectionRule
-from lightning_influence.selection.newton_greedy import NewtonGreedy
 from lightning_influence.selection.selection import Selection
 from lightning_influence.selection.terms import Terms
 from lightning_influence.selection.top_k import TopK
@@ -96,11 +97,15 @@ class NamedTargets:
                 f"`{self._call}(across={self.across!r}, rule={rule!r})`: the largest or smallest score has no "
                 "interactions. Expected rule=TopK(), or across='mean' with target_weights."
             )
-        if rule == "newton" or isinstance(rule, NewtonGreedy):
-            raise ValueError(
-                f"`{self._call}(targets={{...}}, rule={rule!r})`: it counts every target example alike. Expected "
-                "InteractionGreedy() or TopK(), or one target set."
-            )
+
+    @property
+    def shares(self) -> Tensor | None:
+        """Factor [m] of each example in the weighted mean over the sets of their mean losses; None without names."""
+        if self.sets is None:
+            return None
+        weights = dict(self.weights or {})
+        parts = [torch.full((len(ids),), weights.get(name, 1.0) / len(ids)) for name, ids in self.sets.items()]
+        return torch.cat(parts).double() / len(self.sets)
 
     def interactions(self, scores: Scores, fisher: Scores | None, weight: float) -> Interactions:
         """For the mean loss of all examples, or the weighted mean over the sets of their mean losses."""

@@ -58,6 +58,7 @@ class NewtonPool:
         curvature_targets: Features under labels sampled from the model, for their Fisher; None: their own labels.
         unseen: Squared length [n] of what the features leave out of each pool gradient, see `NewtonGreedy`; None for
             features of whole gradients.
+        shares: Factor of each target example in the loss that shall fall, [m]; None for the mean.
         ids: Ids of the pool; row numbers when None.
         damping: Of the curvature that they were whitened with, for the description.
     """
@@ -67,6 +68,7 @@ class NewtonPool:
     curvature_targets: Tensor | None = None
     _: KW_ONLY
     unseen: Tensor | None = None
+    shares: Tensor | None = None
     ids: Sequence[Id] | None = None
     damping: str | float | None = None
 
@@ -78,6 +80,7 @@ class NewtonPool:
         pool: Any,
         *,
         target_curvature: Literal["empirical", "sampled"] = "empirical",
+        shares: Tensor | None = None,
         seed: int = 0,
     ) -> Self:
         """From influence scores alone, for models and pools of any size; no gradient is kept.
@@ -90,6 +93,7 @@ class NewtonPool:
             targets: Map-style dataset or DataLoader of the target examples.
             pool: Map-style dataset or DataLoader of the rows to choose from.
             target_curvature: Labels of the Fisher of the targets: their own, or sampled from the model.
+            shares: Of each target example, [m], see `NewtonPool`.
             seed: Of sampled labels.
         """
         scores, squares = influence.score(targets, pool), influence.self_influence(pool).total()[0]
@@ -102,7 +106,8 @@ class NewtonPool:
         found, goals = score_features(rows, own)
         fisher = found[n:] if target_curvature == "sampled" else None
         unseen = unseen_squares(found[:n], squares)
-        return cls(found[:n], goals, fisher, unseen=unseen, ids=scores.train_ids, damping=scores.damping)
+        ids, damping = scores.train_ids, scores.damping
+        return cls(found[:n], goals, fisher, unseen=unseen, shares=shares, ids=ids, damping=damping)
 
     @classmethod
     def whitened(cls, influence: InfluenceFunction, targets: Any, pool: Any) -> Self:
@@ -124,15 +129,15 @@ class NewtonPool:
     def interactions(self) -> Interactions:
         """The same as values, features and metric, at weight 1."""
         parts = (self.features, self.targets, self.curvature_targets)
-        return Interactions.from_features(*parts, self.ids, damping=self.damping)
+        return Interactions.from_features(*parts, self.ids, shares=self.shares, damping=self.damping)
 
     def ridge(self, budget: int | float, *, draws: int = 8, seed: int = 0) -> RidgeChoice:
         """Tries ridges on random selections of the budget's size, which have not looked at the targets.
 
         For each of them the Newton step is taken on rows drawn at random, and its prediction for the targets is
-        compared with the 1 that it should be. Why random rows: chosen rows fit the targets that they were chosen
-        by, and on held-out targets of the same kind too, the better the smaller the ridge; retrained models say
-        otherwise.
+        compared with the 1 that it should be, for each target as much as its share counts. Why random rows: chosen
+        rows fit the targets that they were chosen by, and on held-out targets of the same kind too, the better the
+        smaller the ridge; retrained models say otherwise.
 
         Args:
             budget: Number or share of rows.
@@ -146,12 +151,15 @@ class NewtonPool:
         generator = torch.Generator().manual_seed(seed)
         unseen = torch.zeros(len(self.features)) if self.unseen is None else self.unseen
         mean = float(torch.linalg.vector_norm(self.features, dtype=torch.float64)) ** 2 + float(unseen.sum())
+        goals = self.targets.double()
+        counts = goals.new_ones(len(goals)) if self.shares is None else self.shares.to(goals).abs()
+        counts /= counts.sum()
         errors = torch.zeros(len(RIDGES), dtype=torch.float64)
         for _ in range(draws):
             rows = torch.randperm(len(self.features), generator=generator)[:k]
             chosen, left_out = self.features[rows].double(), unseen[rows].to(self.features.device).double()
             steps = [_newton_step(chosen, left_out + ridge * mean / len(self.features)) for ridge in RIDGES]
-            errors += torch.stack([(1 - self.targets.double() @ w).square().mean() for w in steps]).cpu() / draws
+            errors += torch.stack([counts @ (1 - goals @ w).square() for w in steps]).cpu() / draws
         return RidgeChoice(RIDGES, errors)
 
     def select(self, budget: int | float, rule: NewtonGreedy | None = None) -> Selection:

@@ -77,9 +77,9 @@ def select_training_data(
             (`target_interactions`).
         across: With named sets: their weighted mean, or, with `TopK` alone, the largest or smallest of the weighted
             scores (`aggregate`).
-        rule: None for ``InteractionGreedy()``; ``"newton"`` for `NewtonGreedy` with the ridge that random selections
-            of the budget's size ask for (`NewtonPool.ridge`). `NewtonGreedy` works on the scores of the pool for the
-            targets here (`NewtonPool.scored`).
+        rule: ``"newton"`` for `NewtonGreedy` with the ridge that random selections of the budget's size ask for
+            (`NewtonPool.ridge`), on the scores of the pool for the targets (`NewtonPool.scored`). None for the same, or
+            for ``InteractionGreedy()`` where a ``weight`` is given, which only that has.
         curvature: None for ``EKFAC()``.
         loss: Per-example loss; None resolves it.
         components: What `find_components` takes.
@@ -107,7 +107,8 @@ def select_training_data(
         UserWarning: If pool rows have nothing supervised (they are left out), stand in the pool twice, or also
             stand in the target set; if no row is predicted to lower the target loss.
     """
-    rule = InteractionGreedy() if rule is None else rule
+    if rule is None:
+        rule = "newton" if weight == "saturate" else InteractionGreedy()
     _check_options(rule, curvature, weight, target_curvature, leaks)
     rows, named = ExampleLoader(pool, batch_size), NamedTargets(CALL, targets, target_weights, across, batch_size)
     named.check_rule(rule)
@@ -128,8 +129,11 @@ def select_training_data(
         influence.check(ExampleLoader(rows, indices=suspects))
     influence.fit(rows)
     if rule == "newton" or isinstance(rule, NewtonGreedy):
-        problem = NewtonPool.scored(influence, goals, rows, target_curvature=target_curvature, seed=seed)
+        told: dict[str, Any] = {"target_curvature": target_curvature, "shares": named.shares, "seed": seed}
+        problem = NewtonPool.scored(influence, goals, rows, **told)
         given = rule if isinstance(rule, NewtonGreedy) else None
+        if float(problem.interactions.values.max()) <= 0:
+            _warn_of_harm("", stacklevel=3)
         selection = _select(problem.interactions, problem.rule(terms.rows, given), terms)
         return replace(selection, positions=tuple(int(name) for name in selection.ids))
     scores = influence.score(goals, rows)
@@ -165,12 +169,16 @@ def _select(interactions: Interactions, rule: SelectionRule, terms: Terms) -> Se
 def _saturating(interactions: Interactions, rule: SelectionRule, budget: int) -> float:
     if float(interactions.values.max()) > 0:
         return saturating_weight(interactions, rule, budget)
-    warnings.warn(
-        f"{CALL}: no row of the pool is predicted to lower the target loss; the least harmful ones are chosen, with "
-        "weight 1/k. Check that pool and targets fit together.",
-        stacklevel=4,
-    )
+    _warn_of_harm(", with weight 1/k", stacklevel=5)
     return 1 / budget
+
+
+def _warn_of_harm(how: str, stacklevel: int) -> None:
+    warnings.warn(
+        f"{CALL}: no row of the pool is predicted to lower the target loss; the least harmful ones are chosen{how}. "
+        "Check that pool and targets fit together.",
+        stacklevel=stacklevel,
+    )
 
 
 def _usable(rows: ExampleLoader, audit: PoolAudit, leaks: Leaks, repeats: bool) -> ExampleLoader:

@@ -112,7 +112,27 @@ def test_from_features_is_from_scores_at_weight_one(r: int, sampled: bool) -> No
     assert found.target_curvature == expected.target_curvature
 
 
+@pytest.mark.parametrize("sampled", [False, True])
+def test_shares_of_targets(sampled: bool) -> None:
+    """f = Σ_t a_t ℓ_t, one term after the other."""
+    pool, targets, drawn = normal(7, 4), normal(3, 4, seed=1), normal(3, 4, seed=2)
+    shares = torch.tensor([0.5, -0.2, 1.0]).double()
+    found = Interactions.from_features(pool, targets, drawn if sampled else None, shares=shares)
+    values, pairs = torch.zeros(7).double(), torch.zeros(7, 7).double()
+    for share, target, fisher in zip(shares, targets, drawn if sampled else targets, strict=True):
+        values += share * (pool @ target)
+        pairs += share * torch.outer(pool @ fisher, pool @ fisher)
+    torch.testing.assert_close(found.values, values)
+    torch.testing.assert_close(found.pairwise(range(7)), pairs)
+    even = Interactions.from_features(pool, targets, shares=torch.full((3,), 1 / 3).double())
+    torch.testing.assert_close(even.metric, Interactions.from_features(pool, targets).metric)
+
+
 def test_bad_features() -> None:
+    with refused(
+        "`Interactions.from_features(shares=[2])`: expected one for each of 1 targets, and as many curvature targets."
+    ):
+        Interactions.from_features(torch.ones(3, 2), torch.ones(1, 2), shares=torch.ones(2))
     features, call = torch.ones(3, 2), "`Interactions.from_features"
     with refused(f"{call}(features=[3, 2], targets=[2, 3])`: expected [n, r] and [m, r], with m >= 1, in one basis."):
         Interactions.from_features(features, torch.ones(2, 3))

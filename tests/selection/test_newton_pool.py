@@ -114,6 +114,14 @@ def test_errors_are_those_of_random_rows(n: int, k: int, unseen: Tensor | None) 
     torch.testing.assert_close(found.errors, expected)
 
 
+def test_errors_count_as_the_targets_do() -> None:
+    features, targets = normal(30, 8), normal(3, 8, seed=1)
+    shares = torch.tensor([0.4, -0.1, 0.5]).double()
+    parts = [NewtonPool(features, targets[k : k + 1]).ridge(5).errors for k in range(3)]
+    found = NewtonPool(features, targets, shares=shares).ridge(5).errors
+    torch.testing.assert_close(found, sum(share.abs() * part for share, part in zip(shares, parts, strict=True)))
+
+
 @pytest.mark.parametrize(
     ("errors", "best"), [((0.5, 0.4, 0.45, 0.5), 3), ((0.4, 0.5, 0.9, 0.9), 1), ((1.3, 1.1, 1.1, 1.3), 3)]
 )

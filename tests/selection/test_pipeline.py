@@ -85,7 +85,8 @@ def test_it_predicts_more_than_a_random_choice(model: nn.Linear) -> None:
 @pytest.mark.parametrize("target_curvature", ["empirical", "sampled"])
 @pytest.mark.parametrize("normalise", [True, False])
 def test_it_is_the_pieces_put_together(model: nn.Linear, target_curvature: Any, normalise: bool) -> None:
-    found = selected(model, 12, target_curvature=target_curvature, normalise=normalise, seed=3)
+    options = {"rule": InteractionGreedy(), "target_curvature": target_curvature, "normalise": normalise}
+    found = selected(model, 12, seed=3, **options)
     influence = InfluenceFunction(model, EKFAC(seed=3), normalise=normalise).fit(POOL)
     scores = influence.score(TARGETS, POOL)
     sampled = influence.score(TARGETS, POOL, labels="sampled", seed=3) if target_curvature == "sampled" else None
@@ -120,7 +121,7 @@ def test_every_rule_at_every_weight(model: nn.Linear, rule: Any, weight: Any) ->
 def test_the_newton_step_is_the_pieces_put_together(model: nn.Linear, target_curvature: Any) -> None:
     influence = InfluenceFunction(model, EKFAC(seed=3), normalise=True).fit(POOL)
     problem = NewtonPool.scored(influence, TARGETS, POOL, target_curvature=target_curvature, seed=3)
-    found = selected(model, 12, rule="newton", target_curvature=target_curvature, seed=3)
+    found = selected(model, 12, target_curvature=target_curvature, seed=3)  # the default rule
     expected = problem.select(12, NewtonGreedy(problem.ridge(12).best))
     assert found.ids == expected.ids
     assert (found.rule, found.weight) == (expected.rule, None)
@@ -135,8 +136,8 @@ def test_settings_arrive(model: nn.Linear) -> None:
     fitted = KFAC(damping=0.3).fit(model, POOL)
     influence = InfluenceFunction(model, fitted, normalise=True)
     expected = choose(Interactions.from_scores(influence.score(TARGETS, POOL)), InteractionGreedy(), 10)
-    assert selected(model, 10, curvature=fitted).ids == expected.ids
-    assert selected(model, 10, curvature=KFAC(damping=0.3)).ids == expected.ids
+    assert selected(model, 10, curvature=fitted, rule=InteractionGreedy()).ids == expected.ids
+    assert selected(model, 10, curvature=KFAC(damping=0.3), rule=InteractionGreedy()).ids == expected.ids
     assert selected(model, 10, curvature=Identity()).ids != expected.ids
     deep = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     one = selected(deep, 5, components=["2"], curvature=Exact())
@@ -199,11 +200,13 @@ def test_a_pool_that_only_harms() -> None:
     """All labels wrong: the hours of scoring are not thrown away, but nothing is promised either."""
     pool = [(scale * CENTRES[0], torch.tensor(1)) for scale in (1.0, 3.0, 2.0)]
     targets = [(CENTRES[0], torch.tensor(0))]
-    with pytest.warns(UserWarning, match="no row of the pool is predicted to lower the target loss; the least") as one:
-        selection = selected(trained(X, Y, steps=0), 2, pool, targets, curvature=Identity(), normalise=False)
-    assert one[0].filename == __file__
-    assert selection.ids == (0, 2)
-    assert (selection.gains > 0).all()
+    for rule in (InteractionGreedy(), "newton"):
+        options = {"curvature": Identity(), "normalise": False, "rule": rule}
+        with pytest.warns(UserWarning, match="no row of the pool is predicted to lower the target loss; the") as one:
+            selection = selected(trained(X, Y, steps=0), 2, pool, targets, **options)
+        assert one[0].filename == __file__
+        assert (selection.gains[0] > 0).all()
+        assert rule == "newton" or selection.ids == (0, 2)
 
 
 class Unread:
