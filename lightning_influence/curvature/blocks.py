@@ -191,7 +191,8 @@ class KroneckerBlock(Block):
         return rotate(rotate(gradients.to(left[0].dtype).mT, left).mT, right)
 
     def _back(self, rotated: Tensor) -> Tensor:
-        return back(back(rotated, self._basis("input")).mT, self._basis("gradient")).mT
+        """Laid out row by row: what multiplies many batches would be copied for each."""
+        return back(back(rotated, self._basis("input")).mT, self._basis("gradient")).mT.contiguous()
 
     def _covariances(self, side: str) -> list[Tensor]:
         return [total for key, total in self.sums.items() if key.startswith(f"{side}_covariance.")]

@@ -64,6 +64,15 @@ def test_a_kronecker_block_is_the_formula(sizes: tuple[int, int, int, int], seco
     torch.testing.assert_close(found, truth, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("max_width", [None, 3])
+def test_what_multiplies_many_batches_is_laid_out_for_it(max_width: int | None) -> None:
+    """Else each product with a batch of training gradients begins with a copy of all queries."""
+    record = factored(7, 5, 4, 6)
+    block = fit(KroneckerBlock(max_width), record, True)
+    assert block.solve(record.example_gradients(), 0.1).is_contiguous()
+    assert block.solve_rotated(block.rotated(record), 0.1).is_contiguous()
+
+
 @pytest.mark.parametrize("rotated", [1, 6, 1 << 20])
 @pytest.mark.parametrize("sizes", [(7, 2, 5, 6), (7, 40, 2, 3)])
 def test_squares_are_the_same_however_they_are_cut(
