@@ -4,8 +4,10 @@
 
 A small network is trained on the pool for a few steps; from its gradients a part of the pool is selected by each
 method; fresh networks are trained on each part, all for the same number of steps, and measured on examples that
-nothing has seen. Sets: scikit-learn's digits, or mnist and fashion_mnist from folders of that name with the four files
-of the original format in DIR (default: the environment variable LI_DATA). The last line is machine-readable.
+nothing has seen. A seed draws pool, targets and held-out examples anew; a loss is the mean of several networks, for
+random parts of as many draws. Sets: scikit-learn's digits, or mnist and fashion_mnist from folders of that name with
+the four files of the original format in DIR (default: the environment variable LI_DATA). The last line is
+machine-readable.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,8 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_influence import EKFAC, InfluenceFunction, InteractionGreedy, Interactions, Random, Selection, TopK
+from lightning_influence import EKFAC, InfluenceFunction, InteractionGreedy, Interactions, Random, TopK
 from lightning_influence.metrics import class_entropy
+from lightning_influence.metrics.intervals import student_interval
 from lightning_influence.selection import NewtonPool
 from lightning_influence.selection.pipeline import choose
 
@@ -84,7 +88,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Result:
-    """One trained network; entropy in nats and share of wrong labels of what it was trained on."""
+    """Networks of one split, their mean; entropy in nats and share of wrong labels of what they were trained on."""
 
     noise: float
     seed: int
@@ -141,64 +145,74 @@ def train(data: TensorDataset, rows: Sequence[int], steps: int, seed: int, settl
     return model
 
 
+Rows = Sequence[int]
+
+
 def selections(
-    model: nn.Module, parts: Parts, sizes: Sequence[int], seed: int, gradients: str
-) -> Iterator[tuple[str, Selection]]:
-    """What each method takes, at every size."""
+    model: nn.Module, parts: Parts, sizes: Sequence[int], seed: int, options: argparse.Namespace
+) -> Iterator[tuple[str, list[Rows]]]:
+    """What each method takes, at every size, for each network."""
     influence = InfluenceFunction(model, EKFAC(seed=seed), normalise=True, progress=False).fit(parts.pool)
+    n = len(parts.pool)
+    newton = NewtonPool.scored(
+        influence, parts.targets, parts.pool, landmarks=n if options.landmarks is None else options.landmarks
+    )
     interactions = Interactions.from_scores(influence.score(parts.targets, parts.pool))
-    make = NewtonPool.whitened if gradients == "whole" else NewtonPool.scored
-    newton = make(influence, parts.targets, parts.pool)
     for size in sizes:
-        yield "random", choose(interactions, Random(seed), size)
-        yield "additive", choose(interactions, TopK(), size)
-        yield "interactions", choose(interactions, InteractionGreedy(), size)
-        yield "newton", newton.select(size)
+        draws = [Random(1000 * network + seed) for network in range(options.networks)]
+        yield "random", [choose(interactions, rule, size).positions for rule in draws]
+        for method, rule in (("additive", TopK()), ("interactions", InteractionGreedy())):
+            yield method, [choose(interactions, rule, size).positions] * options.networks
+        yield "newton", [newton.select(size).positions] * options.networks
 
 
 def trial(
-    parts: Parts, setting: Setting, sizes: Sequence[int], noise: float, seed: int, gradients: str
+    parts: Parts, setting: Setting, sizes: Sequence[int], noise: float, seed: int, options: argparse.Namespace
 ) -> Iterator[Result]:
     """All networks of one split."""
     whole = range(setting.pool)
     warm = train(parts.pool, whole, setting.warm_up, 1000 + seed, settle=False)
-    for method, selection in selections(warm, parts, sizes, seed, gradients):
-        model = train(parts.pool, selection.positions, setting.steps, seed)
-        yield measured(parts, model, method, selection.positions, noise, seed)
-    yield measured(parts, train(parts.pool, whole, setting.steps, seed), "whole pool", whole, noise, seed)
+    for method, rows in selections(warm, parts, sizes, seed, options):
+        yield measured(parts, setting, method, rows, noise, seed)
+    yield measured(parts, setting, "whole pool", [whole] * options.networks, noise, seed)
 
 
-@torch.no_grad()
-def measured(parts: Parts, model: nn.Module, method: str, rows: Sequence[int], noise: float, seed: int) -> Result:
+def measured(parts: Parts, setting: Setting, method: str, chosen: list[Rows], noise: float, seed: int) -> Result:
+    """One network for each of the selections, which are of one size."""
     images, labels = parts.held_out.tensors
-    given, truth = parts.pool.tensors[1][list(rows)], parts.truth[list(rows)]
-    loss = float(F.cross_entropy(model(images), labels))
-    wrong = float((given != truth).float().mean())
-    return Result(noise, seed, method, len(rows), loss, float(class_entropy(given, CLASSES)), wrong)
+    losses, entropies, wrong = [], [], []
+    for network, rows in enumerate(chosen):
+        model = train(parts.pool, rows, setting.steps, 1000 * network + seed)
+        with torch.no_grad():
+            losses.append(float(F.cross_entropy(model(images), labels)))
+        given, truth = parts.pool.tensors[1][list(rows)], parts.truth[list(rows)]
+        entropies.append(float(class_entropy(given, CLASSES)))
+        wrong.append(float((given != truth).float().mean()))
+    means = map(statistics.fmean, (losses, entropies, wrong))
+    return Result(noise, seed, method, len(chosen[0]), *means)
 
 
-def table(results: Sequence[Result]) -> list[dict[str, float | int | str]]:
-    """Means over seeds, a line for each noise, size and method."""
+def table(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Means over seeds, a line for each noise, size and method; differences of losses with their 95 % intervals."""
     groups: dict[tuple[float, int, str], list[Result]] = {}
     for result in results:
         groups.setdefault((result.noise, result.rows, result.method), []).append(result)
-    lines: list[dict[str, float | int | str]] = []
+    losses = {key: torch.tensor([result.loss for result in own]) for key, own in groups.items()}
+    whole = max(rows for _, rows, _ in groups)
+    lines = []
     for (noise, rows, method), own in groups.items():
-        losses = [result.loss for result in own]
-        random = {result.seed: result.loss for result in groups.get((noise, rows, "random"), [])}
-        lines.append(
-            {
-                "noise": noise,
-                "rows": rows,
-                "method": method,
-                "loss": round(statistics.fmean(losses), 4),
-                "std": round(statistics.stdev(losses), 4) if len(losses) > 1 else 0.0,
-                "entropy": round(statistics.fmean(result.entropy for result in own), 4),
-                "wrong": round(statistics.fmean(result.wrong for result in own), 4),
-                "below_random": sum(result.loss < random.get(result.seed, -1.0) for result in own),
-                "seeds": len(own),
-            }
-        )
+        loss = losses[noise, rows, method]
+        line: dict[str, Any] = {"noise": noise, "rows": rows, "method": method, "loss": round(float(loss.mean()), 4)}
+        line["entropy"] = round(statistics.fmean(result.entropy for result in own), 4)
+        line["wrong"] = round(statistics.fmean(result.wrong for result in own), 4)
+        for name, other in (("random", (noise, rows, "random")), ("whole", (noise, whole, "whole pool"))):
+            if other in losses and method not in (name, "whole pool"):
+                below = losses[other] - loss
+                line[f"below_{name}"] = round(float(below.mean()), 4)
+                if len(own) > 1:
+                    line[f"below_{name}_interval"] = [round(end, 4) for end in student_interval(below)]
+        line["seeds"] = len(own)
+        lines.append(line)
     return lines
 
 
@@ -208,18 +222,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=os.environ.get("LI_DATA"), help="folder of mnist, fashion_mnist")
     parser.add_argument("--noise", type=float, nargs="+", default=[0.2, 0.0], help="shares of wrong labels")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument(
-        "--gradients",
-        choices=("scores", "whole"),
-        default="scores",
-        help="what newton knows of the pool; whole is slow",
-    )
-    parser.add_argument("--quick", action="store_true", help="one seed, wrong labels alone, the two smaller sizes")
+    parser.add_argument("--networks", type=int, default=3, help="trained on each selection")
+    parser.add_argument("--landmarks", type=int, help="pool rows that newton knows the others by; default: all")
+    parser.add_argument("--quick", action="store_true", help="one seed and network, wrong labels alone, two sizes")
     options = parser.parse_args(arguments)
-    if options.seeds < 1 or not all(0 <= noise <= 1 for noise in options.noise):
-        parser.error("expected --seeds >= 1 and --noise as shares, such as 0.2")
+    if min(options.seeds, options.networks) < 1 or not all(0 <= noise <= 1 for noise in options.noise):
+        parser.error("expected --seeds and --networks >= 1 and --noise as shares, such as 0.2")
     if options.quick:
-        options.seeds, options.noise = 1, options.noise[:1]
+        options.seeds, options.networks, options.noise = 1, 1, options.noise[:1]
     options.data = None if options.data is None else Path(options.data)
     return options
 
@@ -234,18 +244,24 @@ def main(arguments: Sequence[str]) -> None:
     for noise in options.noise:
         for seed in range(options.seeds):
             parts = Parts.draw(images, labels, setting, noise, seed)
-            results += trial(parts, setting, sizes, noise, seed, options.gradients)
+            results += trial(parts, setting, sizes, noise, seed, options)
             print(f"{options.set}, noise {noise:g}, seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)
     lines = table(results)
-    print(f"{'noise':>5} {'rows':>5} {'method':<12} {'loss':>6} {'std':>5} {'entropy':>7} {'wrong':>5}  below random")
+    show(lines)
+    told = {"set": options.set, "seeds": options.seeds, "networks": options.networks, "landmarks": options.landmarks}
+    print("RESULT", json.dumps({**told, "lines": lines}))
+
+
+def show(lines: Sequence[dict[str, Any]]) -> None:
+    print("noise  rows method         loss entropy wrong  below random             below the whole pool")
     for line in lines:
-        spread = f"{line['loss']:>6.3f} {line['std']:>5.3f} {line['entropy']:>7.2f} {line['wrong']:>5.2f}"
-        versus = f"{line['below_random']} of {line['seeds']}" if line["method"] in METHODS[1:] else ""
-        print(f"{line['noise']:>5} {line['rows']:>5} {line['method']:<12} {spread}  {versus}")
-    print(
-        "RESULT",
-        json.dumps({"set": options.set, "seeds": options.seeds, "gradients": options.gradients, "lines": lines}),
-    )
+        spans = []
+        for name in ("below_random", "below_whole"):
+            low, high = line.get(f"{name}_interval", (None, None))
+            mean = f"{line[name]:.3f}" if name in line else ""
+            spans.append(mean if low is None else f"{mean} ({low:.3f} to {high:.3f})")
+        numbers = f"{line['loss']:>6.3f} {line['entropy']:>7.2f} {line['wrong']:>5.2f}"
+        print(f"{line['noise']:>5} {line['rows']:>5} {line['method']:<12} {numbers}  {spans[0]:<24} {spans[1]}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))  # as for a script that runs there
 
 import subset_selection
-from subset_selection import Setting
+from subset_selection import Result, Setting
 
 SMALL = Setting(pool=200, targets=30, held_out=100, sizes=(25, 50), warm_up=10, steps=20)
 
@@ -26,18 +26,37 @@ def lines(printed: str) -> dict[tuple[int, str], dict[str, Any]]:
     return {(line["rows"], line["method"]): line for line in json.loads(content)["lines"]}
 
 
-@pytest.mark.parametrize("gradients", ["scores", "whole"])
+@pytest.mark.parametrize("options", [[], ["--landmarks", "0"]])
 def test_every_method_at_every_size(
-    gradients: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(subset_selection.SETTINGS, "digits", SMALL)
-    subset_selection.main(["--quick", "--gradients", gradients])
+    subset_selection.main(["--quick", *options])
     found = lines(capsys.readouterr().out)
     expected = {(size, method) for size in (25, 50) for method in subset_selection.METHODS} | {(200, "whole pool")}
     assert set(found) == expected
     assert found[200, "whole pool"]["wrong"] == 0.2
     assert all(0 < line["loss"] < 20 and 0 <= line["entropy"] < 2.303 for line in found.values())
     assert found[25, "newton"]["wrong"] < found[25, "random"]["wrong"]
+
+
+def result(loss: float, seed: int, method: str, rows: int) -> Result:
+    return Result(0.2, seed, method, rows, loss, 2.0, 0.1)
+
+
+def test_differences_are_taken_seed_by_seed() -> None:
+    losses = {("random", 50): (0.9, 1.5, 1.2), ("newton", 50): (0.7, 1.3, 1.0), ("whole pool", 200): (0.8, 1.3, 0.9)}
+    results = [result(loss, seed, *key) for key, own in losses.items() for seed, loss in enumerate(own)]
+    found = {line["method"]: line for line in subset_selection.table(results)}
+    assert found["newton"]["loss"] == 1.0
+    assert found["newton"]["below_random"] == 0.2
+    assert found["newton"]["below_random_interval"] == [0.2, 0.2]
+    low, high = found["newton"]["below_whole_interval"]
+    assert low < 0 < high
+    assert found["newton"]["below_whole"] == 0.0
+    assert "below_random" not in found["random"]
+    assert "below_random" not in found["whole pool"]
+    assert "below_random_interval" not in subset_selection.table(results[::3])[1]
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:

@@ -15,7 +15,7 @@ from lightning_influence.capture import ExampleLoader
 from lightning_influence.estimators.factors import Id
 from lightning_influence.estimators.influence_function import InfluenceFunction
 from lightning_influence.estimators.interactions import Interactions
-from lightning_influence.estimators.whitened import score_features, unseen_squares
+from lightning_influence.estimators.whitened import score_features, thinned, unseen_squares
 from lightning_influence.selection.budget import resolve_budget
 from lightning_influence.selection.newton_greedy import NewtonGreedy
 from lightning_influence.selection.selection import Selection
@@ -79,39 +79,56 @@ class NewtonPool:
         targets: Any,
         pool: Any,
         *,
+        landmarks: int = 0,
         target_curvature: Literal["empirical", "sampled"] = "empirical",
         shares: Tensor | None = None,
         seed: int = 0,
     ) -> Self:
         """From influence scores alone, for models and pools of any size; no gradient is kept.
 
-        A pool gradient is known by its inner products with those of the targets and by its length: the part of it
-        that no target sees is taken for orthogonal to that of any other row (`score_features`, ``unseen``).
+        A pool gradient is known by its inner products with those of the targets and of the landmarks, and by its
+        length: the part of it that none of them sees is taken for orthogonal to that of any other row
+        (`score_features`, ``unseen``).
 
         Args:
             influence: Fitted.
             targets: Map-style dataset or DataLoader of the target examples.
             pool: Map-style dataset or DataLoader of the rows to choose from.
+            landmarks: Number of pool rows, drawn at random, that are scored like targets and at their cost. Without
+                them rows differ in as many ways as there are targets, which is too few for a selection of as many
+                rows or more; all rows of the pool leave nothing out.
             target_curvature: Labels of the Fisher of the targets: their own, or sampled from the model.
             shares: Of each target example, [m], see `NewtonPool`.
-            seed: Of sampled labels.
+            seed: Of landmarks and sampled labels.
+
+        Raises:
+            ValueError: If ``landmarks`` is not an int from 0 to the number of rows.
         """
-        scores, squares = influence.score(targets, pool), influence.self_influence(pool).total()[0]
-        own = influence.score(targets, targets).total()
-        rows = scores.total()
-        n = rows.shape[1]
+        loader = ExampleLoader(pool, influence.batch_size)
+        places = _draw_landmarks(loader, landmarks, seed)
+        references = [targets]
+        if landmarks:
+            references.append(ExampleLoader(loader, indices=[loader.ids[k] for k in places.tolist()]))
+        scores, squares = influence.score(targets, loader), influence.self_influence(loader).total()[0]
+        m, n = scores.total().shape
+        rows, own = scores.total(), influence.score(targets, targets).total()
+        if landmarks:
+            rows = torch.cat([rows, influence.score(references[1], loader).total()])
+            own = torch.cat([torch.cat([own, rows[:m, places]], dim=1), rows[:, places].T])
         if target_curvature == "sampled":
-            drawn = influence.score(targets, targets, labels="sampled", seed=seed).total()
-            rows = torch.cat([rows, drawn.T], dim=1)
+            drawn = [influence.score(targets, part, labels="sampled", seed=seed).total() for part in references]
+            rows = torch.cat([rows, torch.cat(drawn, dim=1).T], dim=1)
         found, goals = score_features(rows, own)
         fisher = found[n:] if target_curvature == "sampled" else None
         unseen = unseen_squares(found[:n], squares)
         ids, damping = scores.train_ids, scores.damping
-        return cls(found[:n], goals, fisher, unseen=unseen, shares=shares, ids=ids, damping=damping)
+        return cls(found[:n], goals[:m], fisher, unseen=unseen, shares=shares, ids=ids, damping=damping)
 
     @classmethod
     def whitened(cls, influence: InfluenceFunction, targets: Any, pool: Any) -> Self:
         """From the gradients themselves, whole for small pools or projected (`ProjectedGram`).
+
+        Kept in at most n + m columns, with the same inner products.
 
         Args:
             influence: Fitted, with a curvature that has a square root.
@@ -123,7 +140,7 @@ class NewtonPool:
         """
         goals = influence.features(targets, supervised=True)
         ids = ExampleLoader(pool, influence.batch_size).ids
-        return cls(influence.features(pool), goals, ids=ids, damping=influence.damping)
+        return cls(*thinned(influence.features(pool), goals), ids=ids, damping=influence.damping)
 
     @cached_property
     def interactions(self) -> Interactions:
@@ -175,6 +192,16 @@ class NewtonPool:
     @property
     def _unseen_ids(self) -> Sequence[Id] | None:
         return None if self.unseen is None else self.ids
+
+
+def _draw_landmarks(loader: ExampleLoader, landmarks: int, seed: int) -> Tensor:
+    """Places [landmarks] in a pool, ascending."""
+    n = loader.num_examples
+    if isinstance(landmarks, bool) or not isinstance(landmarks, int) or not 0 <= landmarks <= n:
+        raise ValueError(
+            f"`NewtonPool.scored(landmarks={landmarks!r})`: expected an int from 0 to the pool's {n} rows."
+        )
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:landmarks].sort().values
 
 
 def _newton_step(rows: Tensor, dampings: Tensor) -> Tensor:

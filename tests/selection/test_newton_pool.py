@@ -33,6 +33,53 @@ def test_scores_give_exact_products_with_targets() -> None:
     torch.testing.assert_close(products(NewtonPool.scored(influence, POOL, POOL))[1], exact)
 
 
+@pytest.mark.parametrize("options", [{}, {"normalise": True}, {"batch_size": 7}])
+def test_as_many_landmarks_as_rows_give_all_products(options: dict[str, Any]) -> None:
+    influence = fitted(**options)
+    pool = NewtonPool.scored(influence, TARGETS, POOL, landmarks=len(POOL))
+    crossed, own = products(pool)
+    torch.testing.assert_close(crossed, influence.score(TARGETS, POOL).values)
+    torch.testing.assert_close(own, influence.score(POOL, POOL).values)
+    torch.testing.assert_close(pool.targets @ pool.targets.T, influence.score(TARGETS, TARGETS).values)
+    assert pool.unseen is not None
+    torch.testing.assert_close(pool.unseen, torch.zeros(len(POOL)).double())
+    whole = NewtonPool.whitened(influence, TARGETS, POOL)
+    rule = NewtonGreedy(0.2)
+    assert pool.select(8, rule).ids == whole.select(8, rule).ids
+
+
+def test_landmarks_are_known_in_full() -> None:
+    """Their products with every row are exact, those of other rows are short by what is unseen."""
+    influence, rows = fitted(), ExampleLoader(POOL, indices=[17, 3, 8, 11, 4, 0, 9, 13, 2, 6, 15, 5])
+    pool = NewtonPool.scored(influence, TARGETS, rows, landmarks=5, seed=3)
+    exact, (crossed, own) = influence.score(rows, rows).values, products(pool)
+    torch.testing.assert_close(crossed, influence.score(TARGETS, rows).values)
+    assert pool.unseen is not None
+    known = pool.unseen < 1e-9 * exact.diagonal()
+    assert int(known.sum()) == 5
+    torch.testing.assert_close(own[known], exact[known])
+    torch.testing.assert_close(own.diagonal() + pool.unseen, exact.diagonal())
+    assert pool.ids == tuple(rows.ids)
+    more = NewtonPool.scored(influence, TARGETS, rows, landmarks=9, seed=3)
+    assert more.unseen is not None
+    assert (more.unseen <= pool.unseen + 1e-9).all()
+
+
+def test_landmarks_under_sampled_labels() -> None:
+    influence = fitted()
+    pool = NewtonPool.scored(influence, TARGETS, POOL, landmarks=len(POOL), target_curvature="sampled", seed=4)
+    assert pool.curvature_targets is not None
+    for rows, features in ((POOL, pool.features), (TARGETS, pool.targets)):
+        expected = influence.score(TARGETS, rows, labels="sampled", seed=4).values
+        torch.testing.assert_close(pool.curvature_targets @ features.T, expected)
+
+
+@pytest.mark.parametrize("landmarks", [-1, 21, 2.0, True])
+def test_landmarks_are_rows_of_the_pool(landmarks: Any) -> None:
+    with pytest.raises(ValueError, match=r"landmarks=.*an int from 0 to the pool's 20 rows"):
+        NewtonPool.scored(fitted(), TARGETS, POOL, landmarks=landmarks)
+
+
 @pytest.mark.parametrize("options", [{}, {"normalise": True}])
 def test_scores_know_the_length_of_every_gradient(options: dict[str, Any]) -> None:
     influence = fitted(**options)
