@@ -2,10 +2,12 @@
 
     python examples/less_recipe.py [--data DIR] [--seeds 0 1 2] [--methods random newton] [--only gsm8k] [--quick]
 
-SmolLM2-135M-Instruct with LoRA. It is warmed up on a random twentieth of the pool; each method selects as many rows
-for each target; the original model is fine-tuned on each selection for the same number of steps, and measured by the
-loss of a target's held-out answers. Every score table and every fine-tune is kept in a file, so that a killed run goes
-on when it is started again, and a long one can be run in pieces: --seeds, --methods and --only take a part of it.
+SmolLM2-135M-Instruct, or the causal language model in the folder --model, with LoRA. It is warmed up on a random
+twentieth of the pool; each method selects as many rows for each target; the original model is fine-tuned on each
+selection for the same number of steps, and measured by the loss of a target's held-out answers. Every score table and
+every fine-tune is kept in a file, so that a killed run goes on when it is started again, and a long one can be run in
+pieces: --seeds, --methods and --only take a part of it.
+With --warm-up-seed all seeds select by the scores of one warm-up, which are most of the time.
 Beside the rules of the package: random and balanced draws, length, loss, facility location, additive influence with and
 without rows that read alike, LESS as in the paper and as in its code, RDS+, embeddings (of words: TF-IDF with latent
 semantic analysis, offline), TRAK and TracIn. The last line is machine-readable.
@@ -19,10 +21,12 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
 from less_recipe_data import (
     TARGETS,
     TASKS,
@@ -34,13 +38,16 @@ from less_recipe_data import (
     recipe_data,
     template_texts,
 )
-from less_recipe_methods import FOR_ANY, METHODS, Pool, rows_of
+from less_recipe_methods import FOR_ANY, METHODS, TABLES, Pool, rows_of
 from less_recipe_report import Outcome, lines, result, table
 from less_recipe_training import Recipe, Training
 from llm_demo import silence
 from pair_sets import texts as words_of
 from smollm2 import load_smollm2
-from study_model import tiny_model, tiny_tokenizer
+from study_model import folder_model, folder_tokenizer, tiny_model, tiny_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 QUICK = {"pool_rows": 64, "query_rows": 4, "held_out_rows": 4, "max_tokens": 96, "epochs": 2, "steps": 6}
 ANY = "any"
@@ -62,6 +69,10 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
         learning_rate=options.learning_rate,
         dimensions=256 if options.quick else 8192,
         trak_dimensions=48 if options.quick else 1024,
+        curvature_rows=options.curvature_rows,
+        model=options.model if options.model is None else options.model.resolve().name,
+        dtype=options.dtype,
+        warm_up_seed=options.warm_up_seed,
     )
 
 
@@ -76,15 +87,25 @@ def texts_for(recipe: Recipe, folder: Path | None) -> Texts:
 def prepared(recipe: Recipe, options: argparse.Namespace) -> Training:
     """The rows and the model."""
     texts = texts_for(recipe, options.data)
-    if recipe.data == "quick":
-        tokenizer = tiny_tokenizer(words_of(texts.all()))
-    else:
-        _, tokenizer = load_smollm2(options.cache)
+    base, tokenizer = language_model(recipe, options, texts)
     sizes = recipe.pool_rows, recipe.query_rows, recipe.held_out_rows, recipe.max_tokens
     data = recipe_data(texts, tokenizer, *sizes)
-    quick = recipe.data == "quick"
-    base = (lambda: tiny_model(tokenizer, 0).train()) if quick else (lambda: load_smollm2(options.cache)[0].train())
     return Training(recipe, data, base, options.out)
+
+
+def language_model(
+    recipe: Recipe, options: argparse.Namespace, texts: Texts
+) -> tuple[Callable[[], PreTrainedModel], PreTrainedTokenizerBase]:
+    """What loads the original model, and its tokenizer."""
+    dtype = getattr(torch, recipe.dtype)  # of the frozen weights: those of LoRA, and their gradients, are in float32
+    if options.model is not None:
+        tokenizer = folder_tokenizer(options.model)
+        return (lambda: folder_model(options.model).to(dtype)), tokenizer
+    if recipe.data == "quick":
+        tokenizer = tiny_tokenizer(words_of(texts.all()))
+        return (lambda: tiny_model(tokenizer, 0).to(dtype)), tokenizer
+    _, tokenizer = load_smollm2(options.cache)
+    return (lambda: load_smollm2(options.cache)[0].to(dtype)), tokenizer
 
 
 def check_same(recipe: Recipe, out: Path) -> None:
@@ -117,6 +138,8 @@ def fine_tunes(training: Training, options: argparse.Namespace) -> None:
     """Every fine-tune that is asked for and not there yet."""
     for seed in options.seeds:
         pool = Pool(training.out / f"seed={seed}", training.data, training.recipe, training, seed)
+        for name in options.tables:
+            pool.tables(name)
         for method in options.methods:
             for target in [ANY] if method in FOR_ANY else options.only:
                 file = pool.folder / "fine-tunes" / f"{_plain(method)}-{_plain(target)}.json"
@@ -177,7 +200,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--steps", type=int, default=60, help="optimizer steps on each selection, 4 rows each")
     add("--learning-rate", type=float, default=5e-4)
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of warm-up, draws, LoRA weights and order")
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
+    add("--warm-up-seed", type=int, help="all seeds read the scores of this one's warm-up; draws and tuning differ")
+    add("--curvature-rows", type=int, help="rows of the pool that the curvature is fitted on; all without it")
+    add("--model", type=Path, help="folder of a causal language model and its tokenizer, in place of SmolLM2")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the frozen weights")
+    add("--tables", nargs="*", choices=tuple(TABLES), default=[], metavar="TABLE", help="scores to take before tuning")
+    add("--methods", nargs="*", choices=METHODS, default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
     add("--only", nargs="+", metavar="TARGET", help="fine-tune for these of the targets alone")
     add("--quick", action="store_true", help="a tiny model and rows from templates, one seed; ignores sizes")
     add("--out", type=Path, default=Path("runs/less_recipe"), help="folder for everything written")
@@ -195,8 +223,13 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     options.targets = list(dict.fromkeys(options.targets or known))
     options.only = options.targets if options.only is None else options.only
     sizes = ("pool_rows", "query_rows", "held_out_rows", "max_tokens", "epochs", "steps", "learning_rate")
-    if min(getattr(options, name) for name in sizes) <= 0 or min(options.seeds) < 0:
-        parser.error(f"expected {', '.join('--' + name.replace('_', '-') for name in sizes)} > 0 and --seeds >= 0")
+    given = [getattr(options, name) for name in sizes]
+    given += [] if options.curvature_rows is None else [options.curvature_rows]
+    if min(given) <= 0 or min(*options.seeds, options.warm_up_seed or 0) < 0:
+        named = ", ".join("--" + name.replace("_", "-") for name in (*sizes, "curvature_rows"))
+        parser.error(f"expected {named} > 0, --seeds and --warm-up-seed >= 0")
+    if options.model is not None and not (options.model / "config.json").is_file():
+        parser.error(f"expected --model to be a folder with config.json, {options.model} has none")
     if not all(0 < share <= 1 for share in (options.budget, options.warm_up)):
         parser.error("expected --budget and --warm-up as shares of the pool in (0, 1], such as 0.05")
     unknown = [name for name in options.targets if not (known_target(name) if options.data else name in known)]

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from instruction_pool import FAMILIES, InstructionDataset, InstructionRow, PadRight, instruction_rows
+from instruction_pool import FAMILIES, InstructionDataset, InstructionRow, PadRight, chat_tokens, instruction_rows
 from pair_sets import fits, template_pairs
 from torch.utils.data import DataLoader, Dataset
 
@@ -68,8 +68,8 @@ class RecipeData:
         """Places of a target's rows among the queries."""
         return [place for place, row in enumerate(self.queries.rows) if row.family == target]
 
-    def loader(self, part: Dataset[Any], **options: Any) -> DataLoader[Any]:
-        return DataLoader(part, BATCH, collate_fn=self.pad, **options)
+    def loader(self, part: Dataset[Any], batch: int = BATCH, **options: Any) -> DataLoader[Any]:
+        return DataLoader(part, batch, collate_fn=self.pad, **options)
 
     def describe(self) -> str:
         pool = ", ".join(f"{name} {number}" for name, number in Counter(self.sources).items())
@@ -80,7 +80,7 @@ class RecipeData:
 def recipe_data(
     texts: Texts, tokenizer: PreTrainedTokenizerBase, pool_rows: int, query_rows: int, held_out_rows: int, limit: int
 ) -> RecipeData:
-    """Draws so many rows of at most ``limit`` tokens, the same ones every time.
+    """Draws so many rows of at most ``limit`` tokens, the same ones every time; the pool is sorted by their number.
 
     Every source gives as many rows as the others; what small ones lack, the first one adds.
 
@@ -99,6 +99,7 @@ def recipe_data(
     for name in others:
         rows += drawn(name, texts.pool[name], pool_rows // len(texts.pool), check, taken, fewer=True)
     rows = drawn(first, texts.pool[first], pool_rows - len(rows), check, taken) + rows
+    rows.sort(key=lambda row: sum(map(len, chat_tokens(row, tokenizer))))  # batches without idle positions
 
     def tokenised(part: Sequence[InstructionRow]) -> InstructionDataset:
         return InstructionDataset(part, tokenizer, limit)

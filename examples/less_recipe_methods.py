@@ -19,6 +19,7 @@ from less_recipe_training import Recipe, Training
 from pair_sets import texts
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.data import Subset
 
 from lightning_influence import (
     EKFAC,
@@ -53,6 +54,7 @@ from lightning_influence.callbacks import Recorder
 from lightning_influence.selection.pipeline import choose
 
 LORA = "lora"
+SCORED = 8  # rows of a batch that is scored
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Pool:
         data: Pool and targets.
         recipe: Sizes.
         training: Models.
-        seed: Of warm-up and draws.
+        seed: Of draws, and of the warm-up unless the recipe has one for all seeds.
     """
 
     folder: Path
@@ -78,16 +80,22 @@ class Pool:
         values = self.tables(name)["scores"]
         return Scores(values, tuple(range(len(values))), tuple(range(values.shape[1])), name, "see the method")
 
+    @cached_property
+    def warmed(self) -> Pool:
+        """The one whose warm-up the scores are of."""
+        seed = self.recipe.warm_up_seed
+        return self if seed is None else replace(self, folder=self.training.out / f"seed={seed}", seed=seed)
+
     def tables(self, name: str) -> dict[str, Tensor]:
         """From the file; it appears whole or not at all."""
-        file = self.folder / "scores" / f"{name}.safetensors"
+        file = self.warmed.folder / "scores" / f"{name}.safetensors"
         if not file.exists():
-            found = TABLES[name](self)
+            found = TABLES[name](self.warmed)
             file.parent.mkdir(parents=True, exist_ok=True)
             unfinished = file.with_suffix(f".{os.getpid()}.tmp")
             save_file({key: value.contiguous() for key, value in found.items()}, unfinished)
             unfinished.rename(file)
-            print(f"seed {self.seed}: scores by {name}", flush=True)
+            print(f"seed {self.warmed.seed}: scores by {name}", flush=True)
         return load_file(file)
 
     def of(self, name: str, target: str) -> Scores:
@@ -115,7 +123,7 @@ class Pool:
 
     def parts(self) -> tuple[object, object]:
         """Loaders of queries and pool."""
-        return self.data.loader(self.data.queries), self.data.loader(self.data.pool)
+        return self.data.loader(self.data.queries, SCORED), self.data.loader(self.data.pool, SCORED)
 
 
 # -- scores [q, n]
@@ -124,11 +132,13 @@ class Pool:
 def _influence(pool: Pool) -> dict[str, Tensor]:
     """Unit gradients whitened by EK-FAC, at the warm-up model: of queries and pool, of the queries, and lengths."""
     queries, rows = pool.parts()
+    drawn = torch.randperm(len(pool.data.pool), generator=torch.Generator().manual_seed(pool.seed))
+    part = Subset(pool.data.pool, sorted(drawn[: pool.recipe.curvature_rows].tolist()))
     estimator = InfluenceFunction(
         pool.training.warm(pool.seed), EKFAC(seed=pool.seed), components=LORA, normalise=True, progress=False
-    ).fit(rows)
-    scores, own = (estimator.score(queries, part).total() for part in (rows, queries))
-    return {"scores": scores, "own": own, "squares": estimator.self_influence(rows).total()[0]}
+    ).fit(pool.data.loader(part, SCORED))
+    scores, squares = (found.total() for found in estimator.score_with_self(queries, rows))
+    return {"scores": scores, "own": estimator.score(queries, queries).total(), "squares": squares[0]}
 
 
 def _recorded(

@@ -43,6 +43,10 @@ class Recipe:
         learning_rate: Of AdamW at the first step; it falls to 0.
         dimensions: Of the projected gradients of LESS.
         trak_dimensions: Of those of TRAK.
+        curvature_rows: Random rows of the pool that the curvature is fitted on; None for all.
+        model: Name of the model's folder; None for the one that goes with the data.
+        dtype: Of the model's frozen weights.
+        warm_up_seed: Of the warm-up that all seeds select by; None for each seed's own.
     """
 
     data: str
@@ -58,6 +62,10 @@ class Recipe:
     learning_rate: float
     dimensions: int
     trak_dimensions: int
+    curvature_rows: int | None = None
+    model: str | None = None
+    dtype: str = "float32"
+    warm_up_seed: int | None = None
 
 
 @dataclass(frozen=True)

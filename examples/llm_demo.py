@@ -83,7 +83,7 @@ class LoraChat(LightningModule):
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         logits = self.model(**inputs, logits_to_keep=kept, use_cache=False).logits  # [n, kept, V]
         labels = labels[:, kept]
-        losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+        losses = F.cross_entropy(logits.transpose(1, 2).float(), labels, ignore_index=IGNORED, reduction="none")
         return losses.sum(dim=1), (labels != IGNORED).sum(dim=1)
 
     def configure_optimizers(self) -> Any:

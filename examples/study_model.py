@@ -42,6 +42,22 @@ def tiny_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerBase:
     )
 
 
+def folder_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Of a folder as ``save_pretrained`` leaves it, with the chat template of `tiny_tokenizer` if it has none."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer.chat_template = tokenizer.chat_template or TEMPLATE
+    return tokenizer
+
+
+def folder_model(folder: Path) -> PreTrainedModel:
+    """The causal language model of a folder, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+
+
 def tiny_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     """A Llama of 3 layers with tied embeddings and grouped-query attention, at random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -21,12 +21,12 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 import less_recipe
 import less_recipe_data
 from instruction_pool import InstructionRow
-from less_recipe_data import MADE, drawn, folder_texts, made_texts, recipe_data
+from less_recipe_data import MADE, drawn, folder_texts, made_texts, recipe_data, template_texts
 from less_recipe_methods import METHODS, Pool, rows_of
 from less_recipe_report import Outcome, lines, mean_ranks, result, table
 from pair_sets import texts
 from safetensors.torch import load_file
-from study_model import tiny_tokenizer
+from study_model import tiny_model, tiny_tokenizer
 
 from lightning_influence import LESSRecorder
 
@@ -103,6 +103,40 @@ def test_pieces_of_one_run_share_their_settings(whole, capsys):
     out, _, _ = whole
     with pytest.raises(SystemExit, match=r"it holds a run with other settings, \{'targets'"):
         less_recipe.main(["--quick", "--out", str(out), "--targets", "cooking"])
+
+
+# -- another model, and scores that are shared
+
+
+def test_a_model_of_a_folder_with_scores_of_one_warm_up(tmp_path):
+    words = texts(template_texts(["travel"]).all())
+    tokenizer = tiny_tokenizer(words)
+    tiny_model(tokenizer, 3).save_pretrained(tmp_path / "llama")
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "llama")
+    out, options = tmp_path / "out", ["--warm-up-seed", "2", "--curvature-rows", "20", "--dtype", "bfloat16"]
+    options += ["--model", str(tmp_path / "llama"), "--methods", "random", "newton", "interactions"]
+    found, printed = ran(out, *options, "--seeds", "0", "--tables", "length", "influence")
+    assert [file.name for file in sorted(out.rglob("scores/*"))] == ["influence.safetensors", "length.safetensors"]
+    assert found["settings"]["model"] == "llama"
+    rows = [json.loads((out / f"seed=0/fine-tunes/{name}.json").read_text())["rows"] for name in TUNED]
+    again, printed = ran(out, *options, "--seeds", "1")
+    assert "scores" not in printed
+    others = [json.loads((out / f"seed=1/fine-tunes/{name}.json").read_text())["rows"] for name in TUNED]
+    assert [one == other for one, other in zip(rows, others, strict=True)] == [False, True, True]
+    for by_method in again["targets"].values():
+        assert all(line["seeds"] == [0, 1] and math.isfinite(line["target_loss"]) for line in by_method.values())
+    scores = load_file(out / "seed=2/scores/influence.safetensors")
+    assert all(values.isfinite().all() for values in scores.values())
+    assert (scores["squares"] > 0).all()
+
+
+TUNED = ("random-any", "newton-travel", "interactions-travel")
+
+
+def test_batches_of_the_pool_have_rows_of_about_the_same_length(training):
+    lengths = training("lengths").data.pool.lengths()
+    assert lengths == sorted(lengths)
 
 
 # -- the warm-up, killed
@@ -294,6 +328,9 @@ def test_rows_that_are_not_there_are_named(folder):
         (["--only", "coin_flip"], "expected --only some of the targets leg_counting"),
         (["--budget", "5"], "expected --budget and --warm-up as shares"),
         (["--steps", "0"], "--steps"),
+        (["--curvature-rows", "0"], "--curvature-rows > 0"),
+        (["--warm-up-seed", "-1"], "--seeds and --warm-up-seed >= 0"),
+        (["--model", "no/such"], "expected --model to be a folder with config.json, no/such has none"),
     ],
 )
 def test_nonsense_is_refused_at_once(arguments, says, capsys, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_influence.capture import Component, ExampleLoader, GradientCapture
 from lightning_influence.capture.budget import check_bytes
@@ -123,15 +123,9 @@ class Estimator(Passes):
             torch.cat(list(self._columns_of(gradients, right, per_component)), dim=-1)
             for gradients in self._operands(left, aggregate, labels, seed, rank)
         ]
-        return Scores(
-            values=torch.cat(blocks, dim=-2),
-            query_ids=row_ids(left, aggregate),
-            train_ids=tuple(right.ids),
-            formula=self._described(*asked(left, labels, aggregate), rank_note(rank)),
-            reduction=self._reduction(left, right),
-            components=tuple(c.name for c in self.components) if per_component else None,
-            damping=self.damping,
-        )
+        formula = self._described(*asked(left, labels, aggregate), rank_note(rank))
+        reduction = self._reduction(left, right)
+        return self._scores(torch.cat(blocks, dim=-2), row_ids(left, aggregate), right, formula, reduction)
 
     def top(
         self,
@@ -225,24 +219,48 @@ class Estimator(Passes):
         Raises:
             ValueError: If the estimator has no such product, the data is empty, or a loss is not finite.
         """
-        if not (self.bilinear and self.one_model and self.query_loss is None):
-            raise ValueError(
-                f"`{type(self).__name__}.self_influence(train)`: an example has no product with itself here. Expected "
-                "one model and loss, and a score linear in each gradient: an InfluenceFunction without query_loss, say."
-            )
+        self._check_self("self_influence(train)")
         loader = self._loader(train)
         with self.capture:
             batches = self._records(loader, "self-influence")
             values = torch.cat([self._self_columns({c.name: r for c, r in records}) for records in batches], dim=-1)
-        return Scores(
-            values=(values if per_component else values.sum(0))[..., None, :],
-            query_ids=(SELF,),
-            train_ids=tuple(loader.ids),
-            formula=self._described("each example on itself"),
-            reduction=loss_for(self.model, loader, self.loss).reduction,
-            components=tuple(c.name for c in self.components) if per_component else None,
-            damping=self.damping,
-        )
+        return self._self_scores(values if per_component else values.sum(0), loader)
+
+    def score_with_self(
+        self, queries: Any, train: Any, *, labels: Labels = "data", seed: int = 0
+    ) -> tuple[Scores, Scores]:
+        """`score` and `self_influence` of the same training examples, which are passed over once for both.
+
+        Where the queries take several blocks, each takes a pass as in `score`, and the first one takes both.
+
+        Args:
+            queries: As for `score`.
+            train: As for `score`.
+            labels: As for `score`.
+            seed: As for `score`.
+
+        Returns:
+            Scores [q, n], and one row [1, n] of each example for itself.
+
+        Raises:
+            ValueError: As `score` and `self_influence`.
+        """
+        self._check_self("score_with_self(queries, train)")
+        left, right = self._sides("score_with_self", queries, train, labels, None)
+        blocks: list[Tensor] = []
+        squares: list[Tensor] = []
+        for gradients in self._operands(left, None, labels, seed, None):
+            columns = []
+            with self.capture:
+                for records in self._records(right, "training examples"):
+                    batch = list(records)
+                    columns.append(self._columns(gradients, iter(batch), False))
+                    if not blocks:
+                        squares.append(self._self_columns({c.name: r for c, r in batch}).sum(0))
+            blocks.append(torch.cat(columns, dim=-1))
+        formula, reduction = self._described(*asked(left, labels, None)), self._reduction(left, right)
+        scores = self._scores(torch.cat(blocks), row_ids(left, None), right, formula, reduction)
+        return scores, self._self_scores(torch.cat(squares), right)
 
     def check(self, queries: Any, labels: Labels = "data", seed: int = 0) -> None:
         """Make sure that queries can be scored, by one forward and backward pass over them.
@@ -256,6 +274,32 @@ class Estimator(Passes):
         with self.capture:
             for records in self._records(loader, "checking queries", labels, seed, self.asked):
                 next(records)  # the first record takes the passes, all others follow from them
+
+    def _check_self(self, call: str) -> None:
+        if not (self.bilinear and self.one_model and self.query_loss is None):
+            raise ValueError(
+                f"`{type(self).__name__}.{call}`: an example has no product with itself here. Expected one model and "
+                "loss, and a score linear in each gradient: an InfluenceFunction without query_loss, say."
+            )
+
+    def _self_scores(self, values: Tensor, train: ExampleLoader) -> Scores:
+        """Of [n] or [c, n]."""
+        reduction = loss_for(self.model, train, self.loss).reduction
+        return self._scores(values[..., None, :], (SELF,), train, self._described("each example on itself"), reduction)
+
+    def _scores(
+        self, values: Tensor, query_ids: tuple[int | str, ...], train: ExampleLoader, formula: str, reduction: str
+    ) -> Scores:
+        """Labelled; of [c, q, n] by component."""
+        return Scores(
+            values=values,
+            query_ids=query_ids,
+            train_ids=tuple(train.ids),
+            formula=formula,
+            reduction=reduction,
+            components=tuple(c.name for c in self.components) if values.dim() == 3 else None,
+            damping=self.damping,
+        )
 
     def _described(self, *notes: str) -> str:
         """The formula with what was done beside it, for the labels of scores."""

@@ -109,7 +109,7 @@ class NewtonPool:
         references = [targets]
         if landmarks:
             references.append(ExampleLoader(loader, indices=[loader.ids[k] for k in places.tolist()]))
-        scores, squares = influence.score(targets, loader), influence.self_influence(loader).total()[0]
+        scores, lengths = influence.score_with_self(targets, loader)
         m, n = scores.total().shape
         rows, own = scores.total(), influence.score(targets, targets).total()
         if landmarks:
@@ -120,7 +120,7 @@ class NewtonPool:
             rows = torch.cat([rows, torch.cat(drawn, dim=1).T], dim=1)
         found, goals = score_features(rows, own)
         fisher = found[n:] if target_curvature == "sampled" else None
-        unseen = unseen_squares(found[:n], squares)
+        unseen = unseen_squares(found[:n], lengths.total()[0])
         ids, damping = scores.train_ids, scores.damping
         return cls(found[:n], goals[:m], fisher, unseen=unseen, shares=shares, ids=ids, damping=damping)
 

@@ -123,3 +123,25 @@ def test_where_there_is_no_such_product() -> None:
         name = type(estimator).__name__
         with pytest.raises(ValueError, match=rf"`{name}.self_influence\(train\)`: an example has no product with its"):
             estimator.self_influence(points(3))
+        with pytest.raises(ValueError, match=rf"`{name}.score_with_self\(queries, train\)`: an example has no product"):
+            estimator.score_with_self(points(3), points(3))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("memory_budget", [1, 10**9])
+def test_both_from_one_pass(case: str, memory_budget: int) -> None:
+    """The numbers and labels of two calls; blocks of queries do not repeat the second."""
+    model, data = (make() for make in CASES[case])
+    queries = [data[k] for k in (2, 5, 7)]
+    estimator = ekfac(model, data, normalise=True, batch_size=4, memory_budget=memory_budget)
+    seen: list[int] = []
+    handle = model.register_forward_pre_hook(lambda module, inputs: seen.append(1))
+    found = estimator.score_with_self(queries, data, labels="sampled", seed=2)
+    handle.remove()
+    expected = estimator.score(queries, data, labels="sampled", seed=2), estimator.self_influence(data)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.values, other.values)
+        labels = ("query_ids", "train_ids", "formula", "reduction", "components", "damping")
+        assert [getattr(one, name) for name in labels] == [getattr(other, name) for name in labels]
+    blocks = 3 if memory_budget == 1 else 1
+    assert len(seen) == blocks * 3 + (3 if blocks == 3 else 1)
