@@ -49,7 +49,15 @@ from study_model import folder_model, folder_tokenizer, tiny_model, tiny_tokeniz
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-QUICK = {"pool_rows": 64, "query_rows": 4, "held_out_rows": 4, "max_tokens": 96, "epochs": 2, "steps": 6}
+QUICK = {
+    "pool_rows": 64,
+    "query_rows": 4,
+    "held_out_rows": 4,
+    "max_tokens": 96,
+    "epochs": 2,
+    "steps": 6,
+    "landmarks": 16,
+}
 ANY = "any"
 
 
@@ -73,6 +81,7 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
         model=options.model if options.model is None else options.model.resolve().name,
         dtype=options.dtype,
         warm_up_seed=options.warm_up_seed,
+        landmarks=options.landmarks,
     )
 
 
@@ -202,6 +211,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of warm-up, draws, LoRA weights and order")
     add("--warm-up-seed", type=int, help="all seeds read the scores of this one's warm-up; draws and tuning differ")
     add("--curvature-rows", type=int, help="rows of the pool that the curvature is fitted on; all without it")
+    add("--landmarks", type=int, default=256, help="rows of the pool that newton knows the others by, beside queries")
     add("--model", type=Path, help="folder of a causal language model and its tokenizer, in place of SmolLM2")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the frozen weights")
     add("--tables", nargs="*", choices=tuple(TABLES), default=[], metavar="TABLE", help="scores to take before tuning")
@@ -228,6 +238,8 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     if min(given) <= 0 or min(*options.seeds, options.warm_up_seed or 0) < 0:
         named = ", ".join("--" + name.replace("_", "-") for name in (*sizes, "curvature_rows"))
         parser.error(f"expected {named} > 0, --seeds and --warm-up-seed >= 0")
+    if not 0 <= options.landmarks <= options.pool_rows:
+        parser.error(f"expected --landmarks from 0 to the {options.pool_rows} rows of the pool")
     if options.model is not None and not (options.model / "config.json").is_file():
         parser.error(f"expected --model to be a folder with config.json, {options.model} has none")
     if not all(0 < share <= 1 for share in (options.budget, options.warm_up)):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from less_recipe_data import RecipeData
@@ -19,7 +20,7 @@ from less_recipe_training import Recipe, Training
 from pair_sets import texts
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import Subset
+from torch.utils.data import ConcatDataset, Subset
 
 from lightning_influence import (
     EKFAC,
@@ -130,15 +131,27 @@ class Pool:
 
 
 def _influence(pool: Pool) -> dict[str, Tensor]:
-    """Unit gradients whitened by EK-FAC, at the warm-up model: of queries and pool, of the queries, and lengths."""
+    """Unit gradients whitened by EK-FAC, at the warm-up model: products of queries and pool, and squared lengths.
+
+    ``marks`` [l, n] are those of some rows of the pool, at ``places`` [l], with the pool.
+    """
     queries, rows = pool.parts()
-    drawn = torch.randperm(len(pool.data.pool), generator=torch.Generator().manual_seed(pool.seed))
-    part = Subset(pool.data.pool, sorted(drawn[: pool.recipe.curvature_rows].tolist()))
+    drawn = torch.randperm(len(pool.data.pool), generator=torch.Generator().manual_seed(pool.seed)).tolist()
+    part, places = sorted(drawn[: pool.recipe.curvature_rows]), sorted(drawn[: pool.recipe.landmarks])
     estimator = InfluenceFunction(
         pool.training.warm(pool.seed), EKFAC(seed=pool.seed), components=LORA, normalise=True, progress=False
-    ).fit(pool.data.loader(part, SCORED))
-    scores, squares = (found.total() for found in estimator.score_with_self(queries, rows))
-    return {"scores": scores, "own": estimator.score(queries, queries).total(), "squares": squares[0]}
+    ).fit(pool.data.loader(Subset(pool.data.pool, part), SCORED))
+    asked: Any = ConcatDataset([pool.data.queries, Subset(pool.data.pool, places)])
+    scores, squares = (found.total() for found in estimator.score_with_self(pool.data.loader(asked, SCORED), rows))
+    own = estimator.score(queries, queries).total()
+    q = len(own)
+    return {
+        "scores": scores[:q],
+        "own": own,
+        "squares": squares[0],
+        "marks": scores[q:],
+        "places": torch.tensor(places, dtype=torch.int64),
+    }
 
 
 def _recorded(
@@ -227,9 +240,12 @@ TABLES: dict[str, Callable[[Pool], dict[str, Tensor]]] = {
 
 
 def _newton(pool: Pool, target: str, budget: int) -> Selection:
-    """Rows are known by what the queries of all targets see of them."""
+    """Rows are known by what the queries of all targets and the landmarks see of them."""
     tables = pool.tables("influence")
-    rows, goals = score_features(tables["scores"], tables["own"])
+    scores, places = torch.cat([tables["scores"], tables["marks"]]), tables["places"]
+    q = len(tables["own"])
+    own = torch.cat([torch.cat([tables["own"], scores[:q, places]], dim=1), scores[:, places].T])
+    rows, goals = score_features(scores, own)
     unseen = unseen_squares(rows, tables["squares"])
     return NewtonPool(rows, goals[pool.data.members(target)], unseen=unseen).select(budget)
 

@@ -47,6 +47,7 @@ class Recipe:
         model: Name of the model's folder; None for the one that goes with the data.
         dtype: Of the model's frozen weights.
         warm_up_seed: Of the warm-up that all seeds select by; None for each seed's own.
+        landmarks: Rows of the pool that are scored like queries, so that rows are told apart by more than those.
     """
 
     data: str
@@ -66,6 +67,7 @@ class Recipe:
     model: str | None = None
     dtype: str = "float32"
     warm_up_seed: int | None = None
+    landmarks: int = 0
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,9 @@ def test_a_model_of_a_folder_with_scores_of_one_warm_up(tmp_path):
     scores = load_file(out / "seed=2/scores/influence.safetensors")
     assert all(values.isfinite().all() for values in scores.values())
     assert (scores["squares"] > 0).all()
+    assert scores["marks"].shape == (16, 64)
+    near = scores["marks"][:, scores["places"]].diagonal(), scores["squares"][scores["places"]]
+    torch.testing.assert_close(*near, rtol=0.05, atol=0)
 
 
 TUNED = ("random-any", "newton-travel", "interactions-travel")
@@ -329,6 +332,7 @@ def test_rows_that_are_not_there_are_named(folder):
         (["--budget", "5"], "expected --budget and --warm-up as shares"),
         (["--steps", "0"], "--steps"),
         (["--curvature-rows", "0"], "--curvature-rows > 0"),
+        (["--landmarks", "2401"], "expected --landmarks from 0 to the 2400 rows of the pool"),
         (["--warm-up-seed", "-1"], "--seeds and --warm-up-seed >= 0"),
         (["--model", "no/such"], "expected --model to be a folder with config.json, no/such has none"),
     ],
