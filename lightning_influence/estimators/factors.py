@@ -6,7 +6,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral, Real
 
@@ -31,12 +31,14 @@ class Factors:
         features: F [n, r] in the dtype and on the device in which they were given; None: no interactions.
         metric: M [r, r], float64, symmetric, not necessarily definite; None: the identity.
         ids: one id per row; a range of row numbers, which takes no memory, where none were given.
+        scratch: Room for a block of features in float64, from `with_scratch`; None: allocated whenever it is needed.
     """
 
     values: Tensor
     features: Tensor | None
     metric: Tensor | None
     ids: Sequence[Id]
+    scratch: Tensor | None = None
 
     @classmethod
     def checked(
@@ -120,12 +122,15 @@ class Factors:
         first_order = -self.values[self._index(rows)]
         if self.features is None or len(rows) == 0:
             return first_order, torch.zeros_like(first_order)
-        parts, before = [], self.shift([])
+        interaction, before, start = torch.empty_like(first_order), self.shift([]), 0
+        scratch = None  # one for all blocks, as in `blocks`
         for block in self.blocks(rows):
-            midway = before + block.cumsum(dim=0) - 0.5 * block  # U_S + ½ f_j
-            parts.append((midway * self.lift(block)).sum(dim=1))
-            before = before + block.sum(dim=0)
-        return first_order, torch.cat(parts)
+            scratch = torch.empty_like(block) if scratch is None else scratch
+            midway = torch.cumsum(block, 0, out=scratch[: len(block)])
+            midway.add_(before).sub_(block, alpha=0.5)  # U_S + ½ f_j
+            torch.sum(midway.mul_(self.lift(block)), dim=1, out=interaction[start : start + len(block)])
+            before, start = before + block.sum(dim=0), start + len(block)
+        return first_order, interaction
 
     def _index(self, rows: Sequence[int] | Tensor) -> Tensor:
         return torch.as_tensor(rows, dtype=torch.long, device=self.values.device)
@@ -133,16 +138,29 @@ class Factors:
     def blocks(self, rows: Sequence[int] | Tensor | None = None) -> Iterator[Tensor]:
         """All features, or those of some rows, in float64, a few rows at a time; each valid until the next."""
         assert self.features is not None
-        elements = _BLOCK_ON_CPU if self.features.device.type == "cpu" else _BLOCK_ELSEWHERE
-        size = max(1, elements // self.features.shape[1])
+        size = self._block_rows()
         index = None if rows is None else self._index(rows)
         count = len(self) if index is None else len(index)
-        shape = (min(size, count), self.features.shape[1])
-        scratch = self.values.new_empty(shape)  # one for all: fresh memory for every block costs up to 10 x
+        scratch = self.scratch
+        if scratch is None and self.features.dtype != torch.float64:
+            scratch = self._new_scratch(min(size, count))  # one for all: fresh memory for every block costs up to 10 x
         for start in range(0, count, size):
             part = slice(start, start + size)
             block = self.features[part if index is None else index[part]]
-            yield block if block.dtype == torch.float64 else scratch[: len(block)].copy_(block)
+            yield block if scratch is None or block.dtype == torch.float64 else scratch[: len(block)].copy_(block)
+
+    def with_scratch(self) -> Factors:
+        """The same, for many short passes: one block is allocated for all, so that there can be only one at a time."""
+        return replace(self, scratch=self._new_scratch(min(self._block_rows(), len(self))))
+
+    def _block_rows(self) -> int:
+        assert self.features is not None
+        elements = _BLOCK_ON_CPU if self.features.device.type == "cpu" else _BLOCK_ELSEWHERE
+        return max(1, elements // self.features.shape[1])
+
+    def _new_scratch(self, rows: int) -> Tensor:
+        assert self.features is not None
+        return self.values.new_empty(rows, self.features.shape[1])
 
     def _check_finite(self, call: str) -> None:
         finite = {"values": self.values.isfinite()}

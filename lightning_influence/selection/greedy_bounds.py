@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor
 
 from lightning_influence.estimators.factors import Factors
 
+_ROWS = 2048  # whose bounds are taken at a time
 REFERENCES = 64  # vectors W_e that the last exact scores of the rows may refer to
 _SAMPLE = 256  # rows from which the leading directions are taken
 _MOST_DIRECTIONS = 64
 _TAIL = 0.01  # share of the squared norm that may be left to Cauchy-Schwarz when enough directions are kept
-_MEMORY = 0.03  # of the features, for the coordinates along the directions
+_SORTED = 2**16  # rows among which the best are looked for at a time
+_MEMORY = 0.02  # of the features, for the coordinates along the directions
 _FLOAT32, _FLOAT16, _FLOAT64 = 2.0**-24, 2.0**-11, 2.0**-53  # relative errors of rounding to nearest
 
 
@@ -45,11 +48,17 @@ class GreedyBounds:
     float32, and everything that rounding may have changed is taken off the bounds, which are therefore never above
     the score that float64 gives.
 
+    What is as large as a block of rows is allocated once: freed blocks with small results between them would add up.
+
     Attributes:
         low: Bound [n] less the part that depends on w, float32; infinite for rows that are out.
+
+    Args:
+        pool: The rows.
+        most: Vectors at which bounds are taken at a time.
     """
 
-    def __init__(self, pool: Factors) -> None:
+    def __init__(self, pool: Factors, most: int) -> None:
         self._directions = _leading_directions(pool)
         n, p = len(pool), self._directions.shape[1]
         device = pool.values.device
@@ -63,6 +72,10 @@ class GreedyBounds:
         self._line = torch.zeros(n, dtype=torch.uint8, device=device)
         self._references = self._directions.new_zeros(1, self._directions.shape[0])
         self._next = 1
+        size = min(n, _ROWS)
+        self._below = torch.zeros(n, dtype=torch.bool, device=device)
+        self._estimates = self.low.new_empty(min(n, _SORTED))
+        self._block, self._products = self.low.new_empty(size, p), self.low.new_empty(size * most)
 
     def _measure(self, pool: Factors) -> None:
         """Norms, self-interactions, coordinates and what they leave, in one pass over the features."""
@@ -83,23 +96,40 @@ class GreedyBounds:
         # covers half a unit in the last place of the smallest float16 in each coordinate, in units of _FLOAT16
         self._floor = self._scale * math.sqrt(self._directions.shape[1]) * 2.0**-25 / _FLOAT16
 
-    def rows_below(self, table: BoundTable, limits: Tensor, start: int, stop: int) -> Tensor:
-        """Rows from start to stop whose bound does not exceed the limit [m] at every vector."""
-        part = slice(start, stop)
-        line = self._line[part].int()
-        low = self.low[part] - self._rest[part] * table.across[line]
-        low -= (self.norms[part] + self._floor) * table.slack[line]
+    def rows_below(self, table: BoundTable, limits: Tensor) -> Tensor:
+        """Rows whose bound does not exceed the limit [m] at every vector, in order."""
         # limits and coordinates of a row are added up in float32, of which the limits take the roundings
-        high = limits + limits.abs() * (len(table.coordinates) + 8) * _FLOAT32
-        along = torch.addmm(-high.float(), self._coordinates[part].float(), table.coordinates).amin(dim=1)
-        above = low + along > 0  # false for NaN, which numbers beyond float32 may give: such rows are looked at
-        return (~above).nonzero().flatten() + start
+        high = (limits + limits.abs() * (len(table.coordinates) + 8) * _FLOAT32).float()
+        for part, coordinates in self._blocks(0, len(self.low)):
+            line = self._line[part].int()
+            low = self.low[part] - self._rest[part] * table.across[line]
+            low -= (self.norms[part] + self._floor) * table.slack[line]
+            along = self._products[: len(line) * len(high)].view(len(line), -1)
+            torch.addmm(-high, coordinates, table.coordinates, out=along)
+            # false for NaN, which numbers beyond float32 may give: such rows are looked at
+            above = low + along.amin(dim=1) > 0
+            torch.logical_not(above, out=self._below[part])
+        return self._below.nonzero().flatten()
 
-    def estimates(self, w: Tensor, block: int) -> Tensor:
-        """Scores [n] at a vector, float32, as if what the directions leave were 0."""
-        coordinates = (w @ self._directions * self._scale).float()
-        parts = [self._coordinates[i : i + block].float() @ coordinates for i in range(0, len(self.low), block)]
-        return torch.cat(parts).add_(self.low)
+    def lowest(self, w: Tensor, count: int) -> Tensor:
+        """``count`` rows with the smallest scores at a vector, as if what the directions leave were 0."""
+        direction = (w @ self._directions * self._scale).float()
+        best, n = [], len(self.low)
+        for start in range(0, max(n, 1), _SORTED):
+            stop = min(start + _SORTED, n)
+            estimates = self._estimates[: stop - start]
+            for part, coordinates in self._blocks(start, stop):
+                torch.mv(coordinates, direction, out=estimates[part.start - start : part.stop - start])
+            scores, places = estimates.add_(self.low[start:stop]).topk(min(count, len(estimates)), largest=False)
+            best.append((scores, places + start))
+        scores, rows = (torch.cat(parts) for parts in zip(*best, strict=True))
+        return rows[scores.topk(min(count, len(rows)), largest=False).indices]
+
+    def _blocks(self, start: int, stop: int) -> Iterator[tuple[slice, Tensor]]:
+        """Consecutive rows and their coordinates, float32, valid until the next."""
+        for part in slices(start, stop):
+            coordinates = self._coordinates[part]
+            yield part, self._block[: len(coordinates)].copy_(coordinates)
 
     def table(self, vectors: Tensor) -> BoundTable:
         """The common part of the bounds at vectors [m, r], float64."""
@@ -122,11 +152,12 @@ class GreedyBounds:
             return len(self._references) - 1
         line = self._next % REFERENCES
         self._next += 1
-        rows = (self._line == line).nonzero().flatten()
         table = self.table(w[None])
-        fall = self._rest[rows] * table.across[line] + (self.norms[rows] + self._floor) * table.slack[line]
-        self.low[rows] -= fall * (1 + 4 * _FLOAT32)
-        self.low[rows] -= self.low[rows].abs() * 2 * _FLOAT32
+        for part in slices(0, len(self.low)):
+            rows = (self._line[part] == line).nonzero().flatten() + part.start
+            fall = self._rest[rows] * table.across[line] + (self.norms[rows] + self._floor) * table.slack[line]
+            self.low[rows] -= fall * (1 + 4 * _FLOAT32)
+            self.low[rows] -= self.low[rows].abs() * 2 * _FLOAT32
         self._references[line] = w
         return line
 
@@ -146,6 +177,11 @@ class GreedyBounds:
     def drop(self, rows: int | Tensor) -> None:
         """Leaves a row, or rows [n], bool, out from now on."""
         self.low[rows] = torch.inf
+
+
+def slices(start: int, stop: int) -> Iterator[slice]:
+    """Consecutive rows whose bounds are taken, or taken in, at a time."""
+    return (slice(first, min(first + _ROWS, stop)) for first in range(start, stop, _ROWS))
 
 
 def _leading_directions(pool: Factors) -> Tensor:

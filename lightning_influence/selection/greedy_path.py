@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ def predict(pool: Factors, total: Tensor, candidates: Candidates, steps: int, ex
 def _simulate(pool: Factors, total: Tensor, candidates: Candidates, steps: int) -> Tensor:
     """Places of the picks among the candidates and limits and floors of their scores [3, steps]."""
     scores = candidates.scores
-    rows = Factors(scores, candidates.features, pool.metric, range(len(scores)))
+    rows = replace(pool, values=scores, features=candidates.features, ids=range(len(scores)))
     norms, size = rows.norms(), metric_size(pool)
     reach = total.norm()  # with what is added, never below ‖U‖
     picks, ends = [], []

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lightning_influence.estimators.factors import Factors
 from lightning_influence.selection.admission import Admission
-from lightning_influence.selection.greedy_bounds import GreedyBounds
+from lightning_influence.selection.greedy_bounds import GreedyBounds, slices
 from lightning_influence.selection.greedy_exchange import Alone, Exchange
 from lightning_influence.selection.greedy_path import Candidates, Path, predict
 from lightning_influence.selection.greedy_sweep import Sweep, sweep_dtype
@@ -18,9 +18,8 @@ from lightning_influence.selection.greedy_ties import ROUNDING, magnitudes, metr
 
 _FIRST_STEPS, _MOST_STEPS = 8, 64  # picks predicted in a round
 _FEWEST_CANDIDATES = 256  # rows among which the next picks are looked for
-_CANDIDATE_SHARE = 96  # no more of them than one row in so many: about one per cent of the features
+_CANDIDATE_SHARE = 192  # no more of them than one row in so many: half a per cent of the features
 _EVALUATED_SHARE = 8  # nor, as prediction shall cost less than proof, than one in so many that had to be evaluated
-_BOUND_ROWS = 4096  # rows whose bounds are taken at a time
 
 
 @dataclass(frozen=True)
@@ -70,16 +69,20 @@ class GreedySearch:
     """
 
     def __init__(self, pool: Factors, keys: Tensor, exchange: Exchange | None = None) -> None:
-        self._pool, self._keys, self._exchange = pool, keys, Alone() if exchange is None else exchange
-        self._bounds = GreedyBounds(pool)
+        self._pool, self._keys = pool.with_scratch(), keys
+        self._exchange = Alone() if exchange is None else exchange
+        self._bounds = GreedyBounds(self._pool, _MOST_STEPS)
         self._alone = self._bounds.own.mul_(0.5).sub_(pool.values)  # q_j − b_j; infinite once j is picked
         self._size = metric_size(pool)
         assert pool.features is not None
         self._dtype = sweep_dtype(pool.features, float(self._bounds.norms.max()))
         self._total = pool.shift([])
         self._steps, self._evaluated = _FIRST_STEPS, 0
-        for start in range(0, len(pool), _BOUND_ROWS):
-            rows = torch.arange(start, min(start + _BOUND_ROWS, len(pool)), device=keys.device)
+        self._most = min(max(len(pool) // _CANDIDATE_SHARE, _FEWEST_CANDIDATES), self._exchange.most_rows, len(pool))
+        self._near = pool.features.new_empty(self._most, pool.features.shape[1])
+        self._few = pool.values.new_empty(min(_FEWEST_CANDIDATES, self._most), pool.features.shape[1])
+        for part in slices(0, len(pool)):
+            rows = torch.arange(part.start, part.stop, device=keys.device)
             self._bounds.refresh(rows, self._alone[rows] - self._errors(rows), 0)
 
     def picks(self, budget: int) -> Iterator[Pick]:
@@ -120,16 +123,14 @@ class GreedySearch:
     def _predict(self, steps: int) -> Path:
         assert self._pool.features is not None
         direction = self._pool.lift(self._total)
-        estimates = self._bounds.estimates(direction, _BOUND_ROWS)
-        count = min(len(self._pool) // _CANDIDATE_SHARE, self._evaluated // _EVALUATED_SHARE)
-        count = min(max(count, _FEWEST_CANDIDATES), self._exchange.most_rows)
+        count = min(max(self._evaluated // _EVALUATED_SHARE, _FEWEST_CANDIDATES), self._most)
         count = int(self._exchange.agree(self._keys.new_tensor(count)))
-        rows = estimates.topk(min(count, len(estimates)), largest=False).indices
+        rows = self._bounds.lowest(direction, min(count, self._most))
         rows = rows[self._alone[rows].isfinite()]
-        features = self._pool.features[rows]
-        if count == _FEWEST_CANDIDATES:  # more are converted a block at a time, for the memory
-            features = features.double()
-        near = Factors(self._alone[rows], features, self._pool.metric, range(len(rows)))
+        features = torch.index_select(self._pool.features, 0, rows, out=self._near[: len(rows)])
+        if len(rows) <= len(self._few):  # more are converted a block at a time, for the memory
+            features = self._few[: len(rows)].copy_(features)
+        near = replace(self._pool, values=self._alone[rows], features=features, ids=range(len(rows)))
         scores = near.values + near.products(direction)
         candidates = Candidates(features, scores, self._errors(rows), self._keys[rows])
         return predict(self._pool, self._total, candidates.best(count, self._exchange), steps, self._exchange)
@@ -138,8 +139,7 @@ class GreedySearch:
         """Rows [e, 6] that may win or tie: step, position, key, b, score, error; of all ranks. And all evaluated."""
         bounds = self._bounds
         table = bounds.table(path.directions[:-1])
-        blocks = range(0, len(self._pool), _BOUND_ROWS)
-        alive = torch.cat([bounds.rows_below(table, path.limits, start, start + _BOUND_ROWS) for start in blocks])
+        alive = bounds.rows_below(table, path.limits)
         self._evaluated = len(alive)
         sweep = Sweep(self._pool, path, self._alone, self._keys, self._dtype)
         lowest = self._alone.new_empty(len(alive), len(sweep.kept_steps))
@@ -157,8 +157,8 @@ class GreedySearch:
             key=lambda place: abs(seen.steps[place] - made),
         )
         line = self._bounds.add_reference(path.directions[seen.steps[place]])
-        for start in range(0, len(seen.rows), _BOUND_ROWS):
-            rows, lowest = seen.rows[start : start + _BOUND_ROWS], seen.lowest[start : start + _BOUND_ROWS, place]
+        for part in slices(0, len(seen.rows)):
+            rows, lowest = seen.rows[part], seen.lowest[part, place]
             left = self._alone[rows].isfinite()  # what was picked stays out
             self._bounds.refresh(rows[left], lowest[left], line)
 

@@ -11,7 +11,6 @@ from lightning_influence.estimators.factors import Factors
 from lightning_influence.selection.greedy_path import Path
 from lightning_influence.selection.greedy_ties import ROUNDING
 
-_ELEMENTS_ON_CPU, _ELEMENTS_ELSEWHERE = 2**19, 2**26  # of the features that are converted at a time
 _COLUMNS = 512  # products of so many terms are summed in one go: bounds the rounding error of float32
 _KEPT = 8  # steps at which the scores of all rows are kept, besides the end
 _ORDINARY = 1e12  # norms between 1 / this and this: sums of their products stay in the range of float32
@@ -25,7 +24,7 @@ class Sweep:
     steps are no longer looked at.
 
     Args:
-        pool: The rows.
+        pool: The rows; their scratch is used while `evaluate` runs.
         path: The steps.
         alone: q_j − b_j [n], float64; infinite for rows that are out.
         keys: The order [n] in which ties are resolved.
@@ -44,8 +43,10 @@ class Sweep:
         unit = torch.finfo(dtype).eps / 2
         # one for each sum and product of a term, two for rounding the vectors; the last part for what underflows
         self._relative = 1.01 * unit * (min(r, _COLUMNS) + math.ceil(r / _COLUMNS) + 4) * (self._sizes + 1e-20 * scale)
-        elements = _ELEMENTS_ON_CPU if alone.device.type == "cpu" else _ELEMENTS_ELSEWHERE
-        self.rows_at_a_time = max(1, elements // min(r, _COLUMNS))
+        scratch = (pool if pool.scratch is not None else pool.with_scratch()).scratch
+        assert scratch is not None
+        self._room = scratch.flatten().view(dtype)
+        self.rows_at_a_time = len(self._room) // min(r, _COLUMNS)
         self.kept_steps = [len(path), *range(0, self._steps, -(-self._steps // _KEPT))]
 
     def evaluate(self, rows: Tensor, norms: Tensor, errors: Tensor) -> Tensor:
@@ -85,12 +86,14 @@ class Sweep:
     def _products(self, rows: Tensor) -> Tensor:
         """⟨f_j, w⟩ / scale [rows, 1 + steps]."""
         start, stop = int(rows[0]), int(rows[-1]) + 1
-        block = self._features[start:stop] if stop - start == len(rows) else self._features[rows]
+        whole = slice(start, stop) if stop - start == len(rows) else rows
         vectors = self._vectors[:, : 1 + self._steps]
         products = vectors.new_zeros(len(rows), vectors.shape[1])
         for column in range(0, len(vectors), _COLUMNS):
             part = slice(column, column + _COLUMNS)
-            products.addmm_(block[:, part].to(vectors.dtype), vectors[part])
+            block = self._features[:, part][whole]
+            converted = self._room[: block.numel()].view(block.shape).copy_(block)
+            products.addmm_(converted, vectors[part])
         return products
 
     def _keep(self, rows: Tensor, errors: Tensor) -> None:

@@ -45,6 +45,21 @@ def test_parts_in_order(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     assert [len(part) for part in pool.in_order([])] == [0, 0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_one_block_for_many_passes_changes_nothing(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(factors, "_BLOCK_ON_CPU", 4 * 7)
+    pool = drawn()
+    pool = Factors.checked("f", pool.values, pool.features.to(dtype), pool.metric)
+    shared, direction = pool.with_scratch(), torch.arange(4.0).double()
+    before = pool.features.clone()
+    for _ in range(2):
+        assert torch.equal(shared.products(direction), pool.products(direction))
+        assert torch.equal(shared.norms(), pool.norms())
+        assert torch.equal(shared.in_order([3, 9, 1])[1], pool.in_order([3, 9, 1])[1])
+    assert torch.equal(pool.features, before)
+    assert shared.scratch.shape == (7, 4)
+
+
 def test_without_features() -> None:
     pool = Factors.checked("f", torch.ones(3))
     assert pool.shift([0, 1]).shape == (0,)

@@ -26,7 +26,7 @@ def scores(factors: Factors, w: Tensor) -> Tensor:
 
 
 def started(factors: Factors) -> GreedyBounds:
-    bounds = GreedyBounds(factors)
+    bounds = GreedyBounds(factors, most=N)
     bounds.refresh(torch.arange(N), scores(factors, factors.shift([])), 0)
     return bounds
 
@@ -34,8 +34,7 @@ def started(factors: Factors) -> GreedyBounds:
 def out_of_reach(bounds: GreedyBounds, w: Tensor, truth: Tensor) -> Tensor:
     """Rows that are called hopeless when the limit is just the score of the row itself: must be none."""
     table = bounds.table(w[None])
-    alive = [len(bounds.rows_below(table, truth[row : row + 1], row, row + 1)) for row in range(N)]
-    return torch.tensor(alive) == 0
+    return torch.tensor([row not in bounds.rows_below(table, truth[row : row + 1]) for row in range(N)])
 
 
 @pytest.mark.parametrize("metric", [False, True], ids=["identity", "indefinite"])
@@ -69,20 +68,34 @@ def test_bounds_leave_most_rows_of_a_steep_spectrum_out() -> None:
     bounds, w = started(factors), factors.shift(list(range(20)))
     truth = scores(factors, w)
     table = bounds.table(w[None])
-    assert len(bounds.rows_below(table, truth.min()[None], 0, N)) < N / 2
+    assert len(bounds.rows_below(table, truth.min()[None])) < N / 2
     bounds.refresh(torch.arange(N), truth, bounds.add_reference(w))
-    torch.testing.assert_close(bounds.estimates(w, 64).double(), truth, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "block"), [(2**16, 2048), (30, 7), (80, 80), (79, 16)])
+def test_the_lowest_are_those_of_the_scores(rows: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(greedy_bounds, "_SORTED", rows)
+    monkeypatch.setattr(greedy_bounds, "_ROWS", block)
+    factors = pool(torch.float32, False, steep=2.0)
+    bounds, w = started(factors), factors.shift(list(range(20)))
+    truth = scores(factors, w)
+    bounds.refresh(torch.arange(N), truth, bounds.add_reference(w))  # what is left out is small where they are exact
+    for count in (1, 10, 40, N, N + 5):
+        assert bounds.lowest(w, count).tolist() == truth.argsort()[:count].tolist()
+    assert bounds.rows_below(bounds.table(w[None]), truth.median()[None]).tolist() == sorted(
+        (truth <= truth.median()).nonzero().flatten().tolist()
+    )
 
 
 def test_rows_that_are_out_are_never_alive() -> None:
     factors = pool(torch.float32, False)
     bounds = started(factors)
     bounds.drop(7)
-    alive = bounds.rows_below(bounds.table(factors.shift([3])[None]), torch.tensor([1e9]).double(), 0, N)
+    alive = bounds.rows_below(bounds.table(factors.shift([3])[None]), torch.tensor([1e9]).double())
     assert sorted(set(range(N)) - set(alive.tolist())) == [7]
 
 
 def test_norms_are_upper_ends() -> None:
     factors = pool(torch.float16, False)
-    bounds = GreedyBounds(factors)
+    bounds = GreedyBounds(factors, most=1)
     assert (bounds.upper_norms(torch.arange(N)) >= factors.norms()).all()

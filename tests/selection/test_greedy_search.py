@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lightning_influence.estimators import factors
 from lightning_influence.estimators.factors import Factors
 from lightning_influence.selection import greedy_bounds, greedy_search, greedy_sweep
 from lightning_influence.selection.greedy_plain import plain_picks
@@ -50,8 +51,8 @@ def test_pick_for_pick(pool: Factors) -> None:
 @given(pool=large_pools())
 def test_small_blocks_and_few_references(pool: Factors) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(greedy_search, "_BOUND_ROWS", 16)
-        patch.setattr(greedy_sweep, "_ELEMENTS_ON_CPU", 64)
+        patch.setattr(greedy_bounds, "_ROWS", 16)
+        patch.setattr(factors, "_BLOCK_ON_CPU", 64)
         patch.setattr(greedy_bounds, "REFERENCES", 3)
         patch.setattr(greedy_search, "_FIRST_STEPS", 2)
         assert searched(pool, len(pool)) == list(plain_picks(pool, len(pool)))
