@@ -240,14 +240,18 @@ TABLES: dict[str, Callable[[Pool], dict[str, Tensor]]] = {
 
 
 def _newton(pool: Pool, target: str, budget: int) -> Selection:
-    """Rows are known by what the queries of all targets and the landmarks see of them."""
+    """Rows are known by what the queries of all targets and the landmarks see of them.
+
+    The training is short, so that what a few rows are predicted to do must not use up the estimate.
+    """
     tables = pool.tables("influence")
     scores, places = torch.cat([tables["scores"], tables["marks"]]), tables["places"]
     q = len(tables["own"])
     own = torch.cat([torch.cat([tables["own"], scores[:q, places]], dim=1), scores[:, places].T])
     rows, goals = score_features(scores, own)
     unseen = unseen_squares(rows, tables["squares"])
-    return NewtonPool(rows, goals[pool.data.members(target)], unseen=unseen).select(budget)
+    known = NewtonPool(rows, goals[pool.data.members(target)], unseen=unseen)
+    return known.select(budget, known.saturating_rule(budget))
 
 
 def _by_interactions(rule: SelectionRule) -> Callable[[Pool, str, int], Selection]:

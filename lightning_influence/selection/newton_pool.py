@@ -18,6 +18,7 @@ from lightning_influence.estimators.interactions import Interactions
 from lightning_influence.estimators.whitened import score_features, thinned, unseen_squares
 from lightning_influence.selection.budget import resolve_budget
 from lightning_influence.selection.newton_greedy import NewtonGreedy
+from lightning_influence.selection.saturation import saturating_ridge
 from lightning_influence.selection.selection import Selection
 
 RIDGES = tuple(10 ** (k / 4) for k in range(-8, 5))  # 0.01 to 10, four to a decade
@@ -188,6 +189,21 @@ class NewtonPool:
         if rule is None:
             return NewtonGreedy(self.ridge(budget).best, self.unseen, self._unseen_ids)
         return rule if rule.unseen is not None else replace(rule, unseen=self.unseen, ids=self._unseen_ids)
+
+    def saturating_rule(self, budget: int | float, saturation: float = 0.05) -> NewtonGreedy:
+        """The rule for a model that is trained on the selection briefly, an epoch or two, as instruction tuning is.
+
+        With the ridge that `ridge` finds, or the smallest larger one at which the last twentieth of the picks still
+        gains ``saturation`` times what the first does. With a smaller one a few rows near a narrow target use the
+        estimate up, and the others are picked for doing nothing: harmless where training goes on until every row is
+        fitted, but short training spends its steps on them.
+
+        Raises:
+            ValueError: If the budget does not fit the pool, ``saturation`` is not in (0, 1), or no row of the pool is
+                predicted to lower the target.
+        """
+        k = resolve_budget(budget, len(self.features), "NewtonPool.saturating_rule")
+        return saturating_ridge(self.interactions, self.rule(k), k, saturation)
 
     @property
     def _unseen_ids(self) -> Sequence[Id] | None:

@@ -1,9 +1,10 @@
-"""The weight of an added row, found where the predicted gain saturates."""
+"""The weight of an added row, or the ridge of a Newton step, found where the predicted gain saturates."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from lightning_influence.estimators.factors import Factors
 from lightning_influence.estimators.interactions import Interactions
 from lightning_influence.selection.base import SelectionRule
+from lightning_influence.selection.newton_greedy import NewtonGreedy
 from lightning_influence.selection.selection import Selection
 
 EDGE = 20  # the first and the last of so many parts of the picks are compared
@@ -46,13 +48,7 @@ def saturating_weight(interactions: Interactions, rule: SelectionRule, budget: i
     Raises:
         ValueError: If ``saturation`` is out of range, or no row of the pool is predicted to lower the target.
     """
-    if not 0 < saturation < 1:
-        raise ValueError(f"`saturating_weight(saturation={saturation!r})`: expected a share in (0, 1), such as 0.05.")
-    if float(interactions.values.max()) <= 0:
-        raise ValueError(
-            "saturating_weight: no row of the pool is predicted to lower the target loss on its own. Check that pool "
-            "and target fit together, or give the weight."
-        )
+    _check("saturating_weight", interactions, saturation, "weight")
     picks = _counted(interactions.values, budget, saturation)
 
     def lasts(weight: float) -> bool:
@@ -65,6 +61,42 @@ def saturating_weight(interactions: Interactions, rule: SelectionRule, budget: i
         middle = math.sqrt(low * high)
         low, high = (middle, high) if lasts(middle) else (low, middle)
     return low
+
+
+def saturating_ridge(
+    interactions: Interactions, rule: NewtonGreedy, budget: int, saturation: float = 0.05
+) -> NewtonGreedy:
+    """The rule with the smallest ridge, its own or a larger one, at which the last picks still gain something.
+
+    With a small ridge the Newton step fits the chosen rows to the end, as long training does: a few rows, alike and
+    near a narrow target, then use the estimate up, and all others are picked for doing nothing to it. Training of an
+    epoch or two does not get that far. Every row takes its share of the steps there, and rows that do nothing take it
+    from the few that matter: of the targets of ``less_recipe.py`` those with short answers came out no better than
+    with random rows. With a larger ridge a row counts for less, and more of the same kind are wanted, up to additive
+    influence. At the returned one the last twentieth of the picks gains ``saturation`` times what the first does.
+
+    Args:
+        interactions: Of the pool, from features (`NewtonPool.interactions`).
+        rule: With the ridge to begin with.
+        budget: Number of rows.
+        saturation: Share of the first gains that the last ones shall still have, in (0, 1).
+
+    Raises:
+        ValueError: If ``saturation`` is out of range, or no row of the pool is predicted to lower the target.
+    """
+    _check("saturating_ridge", interactions, saturation, "ridge")
+    picks = _counted(interactions.values, budget, saturation)
+
+    def lasts(ridge: float) -> bool:
+        return _share(interactions.select(replace(rule, ridge=ridge), picks).gains) >= saturation
+
+    low = high = rule.ridge
+    while not lasts(high):  # ends: in the additive limit the counted picks last
+        low, high = high, 4 * high
+    for _ in range(HALVINGS if low < high else 0):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if lasts(middle) else (middle, high)
+    return replace(rule, ridge=high)
 
 
 def select_at_saturation(
@@ -87,6 +119,16 @@ def gain_curve(selection: Selection) -> Tensor:
     predicted = -selection.gains.cumsum(0)
     best = float(predicted.max())
     return predicted / best if best > 0 else torch.zeros_like(predicted)
+
+
+def _check(call: str, interactions: Interactions, saturation: float, instead: str) -> None:
+    if not 0 < saturation < 1:
+        raise ValueError(f"`{call}(saturation={saturation!r})`: expected a share in (0, 1), such as 0.05.")
+    if float(interactions.values.max()) <= 0:
+        raise ValueError(
+            f"{call}: no row of the pool is predicted to lower the target loss on its own. Check that pool and target "
+            f"fit together, or give the {instead}."
+        )
 
 
 def _counted(values: Tensor, budget: int, saturation: float) -> int:

@@ -10,6 +10,7 @@ from lightning_influence import EKFAC, InfluenceFunction, ProjectedGram
 from lightning_influence.capture import ExampleLoader
 from lightning_influence.selection import NewtonGreedy, NewtonPool, RidgeChoice
 from lightning_influence.selection.newton_pool import RIDGES
+from lightning_influence.selection.saturation import saturating_ridge
 from tests.curvature.models import mlp, normal, points
 
 POOL, TARGETS = points(20), points(6, seed=3)
@@ -192,3 +193,13 @@ def test_selecting_without_a_rule_takes_the_ridge_that_was_found() -> None:
     assert pool.select(6, NewtonGreedy(7.0)).rule == "NewtonGreedy(ridge=7.0)"
     with pytest.raises(ValueError, match=r"`NewtonPool.ridge\(budget=31\)`: .* The pool has 30 rows"):
         pool.select(31)
+
+
+def test_the_rule_for_short_training_begins_with_the_ridge_that_was_found() -> None:
+    pool = NewtonPool.scored(fitted(normalise=True), TARGETS, POOL)
+    short, found = pool.saturating_rule(0.25), pool.rule(5)
+    assert short.ridge >= found.ridge
+    assert short.ridge == saturating_ridge(pool.interactions, found, 5).ridge
+    assert torch.equal(short.unseen, pool.unseen)
+    with pytest.raises(ValueError, match=r"NewtonPool.saturating_rule"):
+        pool.saturating_rule(21)

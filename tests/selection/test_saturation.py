@@ -9,8 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_influence.estimators.interactions import Interactions
-from lightning_influence.selection import InteractionGreedy, TopK
-from lightning_influence.selection.saturation import gain_curve, saturating_weight, select_at_saturation
+from lightning_influence.selection import InteractionGreedy, NewtonGreedy, TopK
+from lightning_influence.selection.saturation import (
+    gain_curve,
+    saturating_ridge,
+    saturating_weight,
+    select_at_saturation,
+)
 
 RULE = InteractionGreedy()
 
@@ -163,6 +168,72 @@ def test_a_large_saturation_counts_fewer_picks(saturation: float) -> None:
     fading = 1 - (1 - saturation) ** 2
     counted = 20 if ordered[-1] >= fading * ordered[0] else int((ordered >= fading * ordered[0]).sum())
     assert share(interactions, weight, counted) >= saturation
+
+
+# -- the ridge of a Newton step
+
+
+def whitened(n: int, r: int = 8, seed: int = 0, unlike: float = 0.3) -> Interactions:
+    """Whitened gradients of length 1: five targets near each other, rows along and across them."""
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.nn.functional.normalize(torch.randn(r, generator=generator).double(), dim=0)
+    parts = (torch.randn(m, r, generator=generator).double() / math.sqrt(r) for m in (5, n))
+    goals, rows = (torch.nn.functional.normalize(part, dim=1) for part in parts)
+    rows = torch.nn.functional.normalize(rows + target * torch.rand(n, 1, generator=generator), dim=1)
+    return Interactions.from_features(rows, torch.nn.functional.normalize(target + unlike * goals, dim=1))
+
+
+def last(interactions: Interactions, rule: NewtonGreedy, budget: int) -> float:
+    gains, edge = interactions.select(rule, budget).gains, max(1, budget // 20)
+    return float(gains[-edge:].mean() / gains[:edge].mean())
+
+
+@given(st.integers(30, 60), st.integers(0, 20), st.sampled_from([0.05, 0.2]), st.data())
+def test_the_smallest_ridge_at_which_the_last_picks_gain(
+    n: int, seed: int, saturation: float, data: st.DataObject
+) -> None:
+    interactions = whitened(n, seed=seed)
+    budget = data.draw(st.integers(2, n // 3))
+    ordered = interactions.values.sort(descending=True).values[:budget]
+    fading = 1 - (1 - saturation) ** 2
+    counted = budget if ordered[-1] >= fading * ordered[0] else int((ordered >= fading * ordered[0]).sum())
+    rule = NewtonGreedy(0.01)
+    found = saturating_ridge(interactions, rule, budget, saturation)
+    assert last(interactions, found, counted) >= saturation
+    assert found.ridge >= rule.ridge
+    if found.ridge > rule.ridge:
+        below = max(rule.ridge, found.ridge / 1.03)
+        assert last(interactions, NewtonGreedy(below), counted) < saturation
+        assert last(interactions, NewtonGreedy(rule.ridge), counted) < saturation
+
+
+def test_a_ridge_that_lasts_is_kept() -> None:
+    interactions = whitened(60)
+    rule = NewtonGreedy(1e4, torch.full((60,), 0.1))
+    found = saturating_ridge(interactions, rule, 10)
+    assert found.ridge == 1e4
+    assert torch.equal(found.unseen, rule.unseen)
+
+
+def test_rows_like_a_narrow_target_are_wanted_to_the_end() -> None:
+    """Twenty rows along the target, two of which fit it to the end, and others across it, which do nothing."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(80, 7, generator=generator).double() / 7**0.5
+    along = torch.cat([torch.ones(20, 1), torch.zeros(60, 1)]).double()
+    rows = torch.cat([along, torch.where(along > 0, 0.3, 1.0) * noise], dim=1)
+    interactions = Interactions.from_features(rows, torch.eye(1, 8).double())
+    short = saturating_ridge(interactions, NewtonGreedy(0.01), 20)
+    found = [set(interactions.select(rule, 20).ids) for rule in (NewtonGreedy(0.01), short)]
+    assert len(found[0] & set(range(20))) < 12
+    assert found[1] == set(range(20))
+
+
+def test_a_ridge_needs_a_pool_that_helps() -> None:
+    interactions = Interactions(torch.tensor([-1.0, -2.0]), torch.ones(2, 1), ids=range(2), weight=0.5)
+    with pytest.raises(ValueError, match=r"saturating_ridge: no row of the pool is predicted .*, or give the ridge\."):
+        saturating_ridge(interactions, NewtonGreedy(), 1)
+    with pytest.raises(ValueError, match=r"`saturating_ridge\(saturation=2\)`: expected a share in"):
+        saturating_ridge(whitened(20), NewtonGreedy(), 1, 2)
 
 
 def test_the_curve_of_the_gain() -> None:
