@@ -81,6 +81,20 @@ def mean_ranks(found: Sequence[Line]) -> dict[str, float]:
     return dict(sorted(means.items(), key=lambda item: item[1]))
 
 
+def seed_ranks(found: Sequence[Line]) -> dict[str, list[float]]:
+    """Mean rank over targets at each seed that all targets have, of the methods of `mean_ranks`, in their order."""
+    names = list(mean_ranks(found))
+    losses = {(line.target, line.method): line.losses for line in found if line.method in names}
+    targets = list(dict.fromkeys(line.target for line in found))
+    seeds = sorted(set.intersection(*(set(own) for own in losses.values()))) if losses else []
+    ranks: dict[str, list[float]] = {name: [] for name in names}
+    for seed in seeds:
+        tables = [{name: losses[target, name][seed] for name in names} for target in targets]
+        for name in names:
+            ranks[name].append(statistics.fmean(_rank(name, own) or 0.0 for own in tables))
+    return ranks
+
+
 def table(found: Sequence[Line], untouched: dict[str, float]) -> str:
     """For a terminal."""
     texts = []
@@ -97,8 +111,11 @@ def table(found: Sequence[Line], untouched: dict[str, float]) -> str:
             head = f"  {line.method:<20} {rank:>4}  {line.loss:>6.3f}"
             texts.append(f"{head}  {ends:<16}  {len(line.losses):>5}  {versus}")
         texts.append(f"  {'untouched model':<20} {'':>4}  {untouched[target]:>6.3f}")
-    texts.append("\nmean rank over targets")
-    texts += [f"  {name:<20} {rank:>5.2f}" for name, rank in mean_ranks(found).items()]
+    texts.append("\nmean rank over targets  single seeds")
+    single = seed_ranks(found)
+    for name, rank in mean_ranks(found).items():
+        spread = f"{min(single[name]):.2f} to {max(single[name]):.2f}" if single[name] else ""
+        texts.append(f"  {name:<20} {rank:>5.2f}  {spread}".rstrip())
     return "\n".join(texts)
 
 
@@ -112,4 +129,4 @@ def result(found: Sequence[Line], untouched: dict[str, float]) -> dict[str, Any]
             "rank": line.rank,
             "seeds": sorted(line.losses),
         }
-    return {"targets": targets, "mean_rank": mean_ranks(found), "untouched": untouched}
+    return {"targets": targets, "mean_rank": mean_ranks(found), "seed_ranks": seed_ranks(found), "untouched": untouched}

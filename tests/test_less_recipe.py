@@ -23,7 +23,7 @@ import less_recipe_data
 from instruction_pool import InstructionRow
 from less_recipe_data import MADE, drawn, folder_texts, made_texts, recipe_data, template_texts
 from less_recipe_methods import METHODS, Pool, rows_of
-from less_recipe_report import Outcome, lines, mean_ranks, result, table
+from less_recipe_report import Outcome, lines, mean_ranks, result, seed_ranks, table
 from pair_sets import texts
 from safetensors.torch import load_file
 from study_model import tiny_model, tiny_tokenizer
@@ -362,12 +362,17 @@ def test_ranks_means_and_intervals():
         ("u", "a", 3),
     ]
     assert mean_ranks(found) == {"random": 1.75, "a": 2.0, "b": 2.25}
+    assert seed_ranks(found) == {"random": [1.75], "a": [2.0], "b": [2.25]}  # the targets share one seed
+    whole = [line for line in found if line.target == "t"]
+    assert seed_ranks(whole) == {"a": [1.0, 1.5, 1.0], "random": [2.5, 1.5, 3.0], "b": [2.5, 3.0, 2.0]}
+    assert seed_ranks([]) == {}
     first = found[0]
     assert first.loss == 2
     assert first.interval == pytest.approx((2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)), rel=1e-4)
     text = table(found, {"t": 9.0, "u": 8.0})
     assert "-0.484 to 4.484       3  2 of 3" in text
     assert "untouched model             9.000" in text
+    assert "  a                     1.00  1.00 to 1.50" in table(whole, {"t": 9.0})
     told = result(found, {"t": 9.0, "u": 8.0})
     assert told["targets"]["t"]["half"] == {"target_loss": 0.0, "interval": None, "rank": None, "seeds": [0]}
     json.dumps(told, allow_nan=False)
