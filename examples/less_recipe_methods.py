@@ -251,7 +251,7 @@ def _newton(pool: Pool, target: str, budget: int) -> Selection:
     rows, goals = score_features(scores, own)
     unseen = unseen_squares(rows, tables["squares"])
     known = NewtonPool(rows, goals[pool.data.members(target)], unseen=unseen)
-    return known.select(budget, known.saturating_rule(budget))
+    return known.select(budget, known.saturating_rule(budget), screen=False)
 
 
 def _by_interactions(rule: SelectionRule) -> Callable[[Pool, str, int], Selection]:

@@ -23,6 +23,8 @@ from lightning_influence.selection.selection import Selection
 
 RIDGES = tuple(10 ** (k / 4) for k in range(-8, 5))  # 0.01 to 10, four to a decade
 NEARLY = 0.9  # of what the best ridge explains counts as no less
+NEARLY_SCREENED = 0.95  # the same where rows that the others contradict are gone
+OPPOSED = 0.2  # of the mean agreement: what is below counts as a row that the others contradict
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,14 +41,18 @@ class RidgeChoice:
 
     @property
     def best(self) -> float:
-        """The largest ridge that explains at least 0.9 of what the best one does; 1 − error is what it explains.
+        """The largest ridge that explains at least 0.9 of what the best one does."""
+        return self.nearly(NEARLY)
+
+    def nearly(self, share: float) -> float:
+        """The largest ridge that explains at least this share of what the best one does; 1 − error is what it explains.
 
         The curve is flat towards small ridges, down to rows that are fitted to the last bit; but networks trained on
         wrong labels do not gain by that. Where little is lost, the larger ridge is the safer one.
         """
         explained = 1 - self.errors
         most = explained.max()
-        return self.ridges[int((explained >= most - (1 - NEARLY) * most.abs()).nonzero()[-1])]
+        return self.ridges[int((explained >= most - (1 - share) * most.abs()).nonzero()[-1])]
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,9 +186,74 @@ class NewtonPool:
             errors += torch.stack([counts @ (1 - goals @ w).square() for w in steps]).cpu() / draws
         return RidgeChoice(RIDGES, errors)
 
-    def select(self, budget: int | float, rule: NewtonGreedy | None = None) -> Selection:
-        """Rows chosen by the rule, told what the features leave out; None for the ridge that `ridge` finds."""
-        return self.interactions.select(self.rule(budget, rule), budget)
+    def agreement(self, ridge: float = 1.0) -> Tensor:
+        """What all other rows and the targets predict for each row of the pool, float64 [n].
+
+        Kernel ridge regression of the constant 1, as for the selection, on everything but the row itself: 1 where
+        training on the others fits the row, 0 where it does nothing, negative where it raises the row's loss, as with
+        most wrong labels. Targets of a share below 0 are left out. In closed form: O((n + m) r²).
+
+        Args:
+            ridge: As `NewtonGreedy` takes it. Its size hardly changes the order: an average over many rows is asked
+                for, not their fit.
+
+        Raises:
+            ValueError: If the ridge is not a finite number > 0.
+        """
+        kept = self.targets if self.shares is None else self.targets[self.shares >= 0]
+        features, goals = thinned(self.features, kept)
+        rows, n = torch.cat([features, goals]).double(), len(features)
+        unseen = rows.new_zeros(len(rows))
+        if self.unseen is not None:
+            unseen[:n] = self.unseen.to(unseen)
+        mean = float(rows[:n].square().sum() + unseen.sum()) / n
+        dampings = unseen + NewtonGreedy(ridge).ridge * mean
+        precision = rows.T @ (rows / dampings[:, None]) + torch.eye(rows.shape[1]).to(rows)
+        covariance = torch.cholesky_inverse(torch.linalg.cholesky(precision))
+        reached = rows[:n] @ covariance
+        fitted, own = reached @ (rows.T @ (1 / dampings)), (reached * rows[:n]).sum(1) / dampings[:n]
+        return ((fitted - own) / (1 - own)).cpu()
+
+    def opposed(self, budget: int | float) -> Tensor:
+        """Places [at most n - k] of rows that the others contradict, the most contradicted first, for `select`.
+
+        Those with an `agreement` below 0.2 of its mean; as many as leave enough rows for the budget.
+
+        Raises:
+            ValueError: If the budget does not fit the pool.
+        """
+        n = len(self.features)
+        agreement = self.agreement()
+        worst = agreement.argsort(stable=True)[: n - resolve_budget(budget, n, "NewtonPool.opposed")]
+        return worst[agreement[worst] < OPPOSED * agreement.mean()]
+
+    def screened(self, budget: int | float) -> Self:
+        """The pool without its `opposed` rows; ids stay as they are."""
+        gone = set(self.opposed(budget).tolist())
+        places = [row for row in range(len(self.features)) if row not in gone]
+        unseen = None if self.unseen is None else self.unseen[places]
+        ids = places if self.ids is None else [self.ids[row] for row in places]
+        return replace(self, features=self.features[places], unseen=unseen, ids=ids)
+
+    def select(self, budget: int | float, rule: NewtonGreedy | None = None, *, screen: bool = True) -> Selection:
+        """Rows chosen by the rule, told what the features leave out.
+
+        Args:
+            budget: Number or share of the pool's rows.
+            rule: None for the ridge that `ridge` finds, the smaller one at 0.95 for a screened pool.
+            screen: Whether rows that the others contradict are left out first, as far as the budget allows it
+                (`opposed`). A row that helps the targets it is chosen by may still be a wrong label.
+
+        Raises:
+            ValueError: If the budget does not fit the pool.
+        """
+        k = resolve_budget(budget, len(self.features), "NewtonPool.select")
+        pool = self.screened(k) if screen else self
+        if rule is None and screen:
+            rule = NewtonGreedy(pool.ridge(k).nearly(NEARLY_SCREENED))
+        selection = pool.interactions.select(pool.rule(k, rule), k)
+        places = {name: row for row, name in enumerate(self.ids or range(len(self.features)))}
+        return replace(selection, positions=tuple(places[name] for name in selection.ids))
 
     def rule(self, budget: int | float, rule: NewtonGreedy | None = None) -> NewtonGreedy:
         """The rule, told what the features leave out unless it knows; None for the ridge that `ridge` finds."""

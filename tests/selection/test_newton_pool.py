@@ -187,11 +187,14 @@ def test_noise_asks_for_a_larger_ridge() -> None:
 
 def test_selecting_without_a_rule_takes_the_ridge_that_was_found() -> None:
     pool = NewtonPool(normal(30, 8), normal(5, 8, seed=1), ids=[f"row {k:02}" for k in range(30)])
-    selection = pool.select(0.2)
+    selection = pool.select(0.2, screen=False)
     assert len(selection) == 6
-    assert selection.to_dict() == pool.select(6, NewtonGreedy(pool.ridge(6).best)).to_dict()
+    assert selection.to_dict() == pool.select(6, NewtonGreedy(pool.ridge(6).best), screen=False).to_dict()
+    ridge = pool.screened(6).ridge(6).nearly(0.95)
+    assert pool.select(6).to_dict() == pool.select(6, NewtonGreedy(ridge)).to_dict()
+    assert pool.rule(6).ridge == pool.ridge(6).best == pool.ridge(6).nearly(0.9)
     assert pool.select(6, NewtonGreedy(7.0)).rule == "NewtonGreedy(ridge=7.0)"
-    with pytest.raises(ValueError, match=r"`NewtonPool.ridge\(budget=31\)`: .* The pool has 30 rows"):
+    with pytest.raises(ValueError, match=r"`NewtonPool.select\(budget=31\)`: .* The pool has 30 rows"):
         pool.select(31)
 
 
@@ -203,3 +206,57 @@ def test_the_rule_for_short_training_begins_with_the_ridge_that_was_found() -> N
     assert torch.equal(short.unseen, pool.unseen)
     with pytest.raises(ValueError, match=r"NewtonPool.saturating_rule"):
         pool.saturating_rule(21)
+
+
+@pytest.mark.parametrize("unseen", [None, normal(12, seed=5).square()])
+@pytest.mark.parametrize("shares", [None, torch.tensor([0.5, -0.2, 0.7])])
+def test_agreement_is_that_of_all_others(unseen: Tensor | None, shares: Tensor | None) -> None:
+    """One dense regression of the constant 1 without each row in turn."""
+    pool = NewtonPool(normal(12, 5), normal(3, 5, seed=1), unseen=unseen, shares=shares)
+    left_out = torch.zeros(12).double() if unseen is None else unseen
+    damping = 0.7 * float((pool.features.square().sum(1) + left_out).mean())
+    goals = pool.targets if shares is None else pool.targets[[0, 2]]
+    rows, dampings = torch.cat([pool.features, goals]), torch.cat([left_out, torch.zeros(len(goals))]) + damping
+    found = pool.agreement(0.7)
+    for row in range(12):
+        others = [other for other in range(len(rows)) if other != row]
+        weights = torch.linalg.solve(
+            rows[others] @ rows[others].T + dampings[others].diag(), torch.ones(len(others)).double()
+        )
+        torch.testing.assert_close(found[row], rows[row] @ rows[others].T @ weights)
+
+
+def flipped(n: int, wrong: int) -> NewtonPool:
+    """Rows near a few directions, some of the first ones turned round."""
+    signs = torch.ones(n).double()
+    signs[:wrong] = -1
+    directions = normal(4, 16)
+    rows = directions.repeat(n // 4, 1) + 0.1 * normal(n, 16, seed=1)
+    return NewtonPool(rows * signs[:, None], directions, ids=[f"row {k}" for k in range(n)])
+
+
+def test_rows_that_the_others_contradict() -> None:
+    pool = flipped(40, wrong=6)
+    assert set(pool.opposed(10).tolist()) == set(range(6))
+    assert (pool.agreement()[:6] < 0).all()
+    assert not len(flipped(40, wrong=0).opposed(10))
+    assert pool.opposed(38).tolist() == pool.opposed(10)[:2].tolist()
+    assert not len(pool.opposed(1.0))
+
+
+def test_a_selection_leaves_them_out_while_others_are_left() -> None:
+    pool = flipped(40, wrong=6)
+    chosen = pool.select(0.85)
+    assert set(chosen.positions) == set(range(6, 40))
+    assert chosen.ids == tuple(f"row {position}" for position in chosen.positions)
+    assert len(pool.select(36).ids) == 36
+    assert set(pool.select(40).positions) == set(range(40))
+    anonymous = NewtonPool(pool.features, pool.targets).select(34)
+    assert anonymous.ids == anonymous.positions == chosen.positions
+
+
+def test_without_a_screen_the_rule_sees_every_row() -> None:
+    pool, rule = flipped(40, wrong=6), NewtonGreedy(0.2)
+    assert pool.select(40, rule, screen=False).ids == pool.interactions.select(rule, 40).ids
+    told = NewtonPool(pool.features, pool.targets, unseen=torch.ones(40).double())
+    assert set(told.select(30, rule).positions) <= set(range(6, 40))
