@@ -157,7 +157,7 @@ def datasets(pair: Pair) -> tuple[TensorDataset, TensorDataset]:
     return TensorDataset(pair.inputs, pair.labels), TensorDataset(pair.target_inputs, pair.target_labels)
 
 
-def additive_scores(pair: Pair, model: nn.Module, path: list[nn.Module], rate: float) -> dict[str, Tensor]:
+def additive_scores(pair: Pair, model: nn.Module, path: list[nn.Module], rates: list[float]) -> dict[str, Tensor]:
     """Scores [n] of the mean target loss; their sum over a group estimates what removing it adds to the loss."""
     train, targets = datasets(pair)
     model = copy.deepcopy(model).float()
@@ -166,7 +166,7 @@ def additive_scores(pair: Pair, model: nn.Module, path: list[nn.Module], rate: f
         for m in (model, *path)
     ]
     return {
-        "TracIn": rate * torch.stack(dots[1:]).sum(0),
+        "TracIn": torch.stack([rate * dot for rate, dot in zip(rates, dots[1:], strict=True)]).sum(0),
         "TRAK": trak(pair, model, train, targets),
         "gradient dot": dots[0],
     }

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import csv
 import gzip
+import itertools
+import math
+import statistics
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,19 +18,28 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-PAIRS = ("mnist-logistic", "fashion_mnist-logistic", "mnist-mlp", "fashion_mnist-mlp", "concrete-mlp", "parkinsons-mlp")
-FALLBACK = ("digits-logistic", "digits-mlp")
-DECAY, BATCH = 0.01, 64  # as in [IA]
+PAIRS = (
+    "mnist-logistic",
+    "fashion_mnist-logistic",
+    "mnist-mlp",
+    "fashion_mnist-mlp",
+    "concrete-mlp",
+    "parkinsons-mlp",
+    "cifar10-resnet9",
+)
+FALLBACK = ("digits-logistic", "digits-mlp", "digits-resnet9")
+DECAY, BATCH, MOMENTUM = 0.01, 64, 0.9  # as in [IA]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Training examples and held-out ones, whose mean loss is the target; inputs float32 [n, d].
+    """Training examples and held-out ones, whose mean loss is the target; inputs float32 [n, d] or [n, c, h, w].
 
     Attributes:
         outputs: Number of classes; 1 for regression, whose loss is half the squared error.
         decay: Weight decay.
         smooth: A small network with tanh, of which there is a minimum to be found, instead of the one of [IA].
+        width: Channels of the first layer of a ResNet-9.
     """
 
     name: str
@@ -38,16 +50,23 @@ class Pair:
     outputs: int
     decay: float = DECAY
     smooth: bool = False
+    width: int = 64
 
     @property
     def logistic(self) -> bool:
         return self.name.endswith("logistic")
+
+    @property
+    def residual(self) -> bool:
+        return self.name.endswith("resnet9")
 
     def network(self, seed: int) -> nn.Sequential:
         """New weights; nothing else is drawn."""
         width = self.inputs.shape[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            if self.residual:
+                return resnet9(width, self.outputs, self.width)
             if self.logistic:
                 return nn.Sequential(nn.Linear(width, self.outputs))
             first, second = (32, 16) if self.smooth else (128, 64) if self.outputs > 1 else (64, 32)
@@ -74,7 +93,8 @@ class Training:
     loss of what is left with the weight decay times n / (number of rows left) has the same minimum. Logistic regression
     is convex and solved by L-BFGS in float64, whatever the seed. So are smooth networks: from the weights that the seed
     draws where all rows are trained on, from the minimum found there otherwise (so that it is the same one that moves;
-    of logistic regression there is but one, which is then found sooner). Other networks take plain SGD as in [IA].
+    of logistic regression there is but one, which is then found sooner). Other networks take plain SGD as in [IA], a
+    ResNet-9 with momentum and a rate that falls to 0 along a cosine.
     """
 
     pair: Pair
@@ -125,14 +145,16 @@ class Training:
         return network.eval().requires_grad_(True)
 
     def sgd(self, ids: tuple[int, ...], seed: int, checkpoints: int = 1) -> list[nn.Module]:
-        """Networks at so many evenly spaced ends of epochs, the last one last; the rate is constant."""
+        """Networks at so many evenly spaced ends of epochs, the last one last."""
         generator = torch.Generator().manual_seed(seed)
         network, rows = self.pair.network(seed), torch.tensor(ids)
-        optimizer = torch.optim.SGD(network.parameters(), lr=self.rate, weight_decay=self.decay(ids))
+        momentum = MOMENTUM if self.pair.residual else 0.0
+        optimizer = torch.optim.SGD(network.parameters(), self.rate, momentum, weight_decay=self.decay(ids))
         inputs, labels = self.pair.inputs[rows], self.pair.labels[rows]
-        kept = {round(self.epochs * (k + 1) / checkpoints) for k in range(checkpoints)}
+        kept = self.ends(checkpoints)
         found = []
         for epoch in range(1, self.epochs + 1):
+            optimizer.param_groups[0]["lr"] = self.rate_of(epoch)
             for batch in torch.randperm(len(rows), generator=generator).split(BATCH):
                 optimizer.zero_grad()
                 self.pair.loss(network(inputs[batch]), labels[batch]).backward()
@@ -141,6 +163,59 @@ class Training:
                 found.append(self.pair.network(seed))
                 found[-1].load_state_dict(network.state_dict())
         return found
+
+    def rate_of(self, epoch: int) -> float:
+        """Learning rate in an epoch, counted from 1."""
+        if not self.pair.residual:
+            return self.rate
+        return 0.5 * self.rate * (1 + math.cos(math.pi * (epoch - 1) / self.epochs))
+
+    def ends(self, checkpoints: int) -> list[int]:
+        """Epochs after which checkpoints are kept; fewer where there are fewer epochs."""
+        return sorted({round(self.epochs * (k + 1) / checkpoints) for k in range(checkpoints)} - {0})
+
+    def mean_rates(self, checkpoints: int) -> list[float]:
+        """Mean learning rate of the epochs up to each checkpoint of `sgd`, from the one before it."""
+        pairs = itertools.pairwise([0, *self.ends(checkpoints)])
+        return [statistics.mean(self.rate_of(epoch + 1) for epoch in range(*pair)) for pair in pairs]
+
+
+class Residual(nn.Module):
+    """What two blocks add to their input."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(block(width, width), block(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        added: Tensor = x + self.blocks(x)
+        return added
+
+
+def block(inputs: int, outputs: int, *, pooled: bool = False) -> nn.Sequential:
+    """3 x 3 convolution, norm, ReLU.
+
+    GroupNorm where the ResNet-9 of [IA] has BatchNorm, which has no loss of one example in training: what a batch does
+    to its statistics is no sum over examples. (With BatchNorm the package takes gradients at the running statistics.)
+    """
+    conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+    layers = [conv, nn.GroupNorm(math.gcd(8, outputs), outputs), nn.ReLU()]
+    return nn.Sequential(*layers, *([nn.MaxPool2d(2)] if pooled else []))
+
+
+def resnet9(channels: int, outputs: int, width: int) -> nn.Sequential:
+    """8 convolutions and a linear layer; images of at least 8 x 8."""
+    return nn.Sequential(
+        block(channels, width),
+        block(width, 2 * width, pooled=True),
+        Residual(2 * width),
+        block(2 * width, 4 * width, pooled=True),
+        block(4 * width, 8 * width, pooled=True),
+        Residual(8 * width),
+        nn.AdaptiveMaxPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8 * width, outputs),
+    )
 
 
 def found_pairs(data: Path | None) -> list[str]:
@@ -153,19 +228,22 @@ def found_pairs(data: Path | None) -> list[str]:
 def load_pair(name: str, data: Path | None, rows: int, targets: int, pixels: int, seed: int, **settings: Any) -> Pair:
     """A random part of the data, as large as asked for; of small sets two thirds at most are trained on.
 
-    Images are in [0, 1], averaged over blocks to ``pixels`` x ``pixels`` where they are larger; columns of tables, and
-    what is predicted, have mean 0 and variance 1 over the training rows. MNIST's own test images are not used.
+    Images are in [0, 1], MNIST's averaged over blocks to ``pixels`` x ``pixels`` where they are larger; columns of
+    tables, what is predicted, and channels of CIFAR-10 have mean 0 and variance 1 over the training rows. Images that
+    are published as test images are not used.
     Settings are those of `Pair`.
     """
     kind = name.split("-")[0]
     if kind == "digits":
         inputs, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
-        inputs = inputs.float() / 16
+        inputs = (inputs.reshape(-1, 1, 8, 8) if name.endswith("resnet9") else inputs).float() / 16
     elif kind == "concrete":
         table = torch.from_numpy(np.loadtxt(_place(data, name))).float()
         inputs, labels = table[:, :-1], table[:, -1:]
     elif kind == "parkinsons":
         inputs, labels = _parkinsons(_place(data, name))
+    elif kind == "cifar10":
+        inputs, labels = _cifar10(_place(data, name))
     else:
         inputs, labels = _images(_place(data, name), pixels)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
@@ -174,6 +252,9 @@ def load_pair(name: str, data: Path | None, rows: int, targets: int, pixels: int
     if labels.is_floating_point():
         inputs = (inputs - inputs[train].mean(0)) / inputs[train].std(0).clamp_min(1e-6)
         labels = (labels - labels[train].mean(0)) / labels[train].std(0)
+    if kind == "cifar10":
+        deviations, means = torch.std_mean(inputs[train], dim=(0, 2, 3), keepdim=True)
+        inputs = (inputs - means) / deviations.clamp_min(1e-6)
     outputs = 1 if labels.is_floating_point() else int(labels.max()) + 1
     pair = Pair(name, inputs[train], labels[train], inputs[held_out], labels[held_out], outputs)
     return replace(pair, **settings)
@@ -185,6 +266,8 @@ def _place(data: Path | None, name: str) -> Path:
     tables = {"concrete": "concrete/data.txt", "parkinsons": "parkinsons_updrs.csv"}
     if kind in tables:
         return data / "uci_regression" / tables[kind]
+    if kind == "cifar10":
+        return data / "cifar-10-batches-bin" / "data_batch_1.bin"
     return data / kind / "train-images-idx3-ubyte.gz"
 
 
@@ -197,6 +280,19 @@ def _images(path: Path, pixels: int) -> tuple[Tensor, Tensor]:
 def _bytes(path: Path, head: int) -> Tensor:
     with gzip.open(path) as file:
         return torch.from_numpy(np.frombuffer(file.read(), np.uint8, offset=head).copy())
+
+
+def _cifar10(path: Path) -> tuple[Tensor, Tensor]:
+    """The binary version as published (never the pickled one): a label and 3 x 32 x 32 bytes for each image."""
+    content = b"".join(part.read_bytes() for part in sorted(path.parent.glob("data_batch_*.bin")))
+    size = 1 + 3 * 32 * 32
+    if len(content) % size or not content:
+        raise SystemExit(
+            f"{path.parent}: expected data_batch_*.bin of CIFAR-10's binary version, {size} bytes for each image. Got "
+            f"{len(content)} bytes in all: download it again."
+        )
+    rows = torch.from_numpy(np.frombuffer(content, np.uint8).copy()).reshape(-1, size)
+    return rows[:, 1:].reshape(-1, 3, 32, 32).float() / 255, rows[:, 0].long()
 
 
 def _parkinsons(path: Path) -> tuple[Tensor, Tensor]:

@@ -5,9 +5,9 @@
 Models are trained again without a group of alike examples (an anchor and its nearest neighbours in the space of the
 model's outputs); Spearman's correlation over groups of what that does to the loss of held-out examples with what each
 method predicts, for three sizes of groups and several splits of the data, each with anchors of its own. Pairs: logistic
-regression on MNIST and FashionMNIST, an MLP on both, on Concrete and on Parkinsons, as far as DIR (LI_DATA unless
-given) has mnist/, fashion_mnist/ (idx files) and uci_regression/concrete/data.txt, parkinsons_updrs.csv; without DIR
-the digits of scikit-learn.
+regression on MNIST and FashionMNIST, an MLP on both, on Concrete and on Parkinsons, ResNet-9 on CIFAR-10, as far as DIR
+(LI_DATA unless given) has mnist/, fashion_mnist/ (idx files), uci_regression/concrete/data.txt, parkinsons_updrs.csv
+and cifar-10-batches-bin/ (CIFAR-10 in its binary version); without DIR the digits of scikit-learn.
 
 Logistic regression is solved exactly, with and without the group, and its estimates use the dense Gauss-Newton matrix,
 which is its Hessian. How MLPs are trained decides what can be seen at all:
@@ -17,6 +17,9 @@ which is its Hessian. How MLPs are trained decides what can be seen at all:
   parameters for classes. Of --seeds initial weights both, what happens and what is predicted, are averaged;
 - sgd, as in [IA] (ReLU, rate 0.01, weight decay 0.01, batch 64, 200 epochs): every training ends elsewhere, and the
   effect of a group is small beside that of the seed; "reliability" tells how much so.
+
+ResNet-9 is always trained by SGD, with momentum 0.9, a cosine and a quarter of the epochs, and with GroupNorm, so that
+every example has a loss of its own; its estimates use EK-FAC.
 
 --curvature takes another one: ekfac, whose blocks do not always leave the Newton step a positive definite rest. The
 weight decay is the damping. TracIn sums over 5 checkpoints of an SGD run, TRAK projects to at most 512 dimensions; of
@@ -63,11 +66,12 @@ def study(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def study_split(name: str, args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
-    logistic, start = name.endswith("logistic"), time.perf_counter()
-    smooth = args.training == "converged" and not logistic
-    decay = DECAY if logistic else args.decay
-    pair = load_pair(name, args.data, args.rows, args.targets, args.pixels, seed, smooth=smooth, decay=decay)
-    training, everyone = Training(pair, args.epochs, args.rate), tuple(range(len(pair.labels)))
+    logistic, residual, start = name.endswith("logistic"), name.endswith("resnet9"), time.perf_counter()
+    smooth = args.training == "converged" and not logistic and not residual
+    own = {"smooth": smooth, "decay": DECAY if logistic or residual else args.decay, "width": args.width}
+    pair = load_pair(name, args.data, args.rows, args.targets, args.pixels, seed, **own)
+    epochs = max(1, args.epochs // 4) if residual else args.epochs
+    training, everyone = Training(pair, epochs, args.rate), tuple(range(len(pair.labels)))
     model = training.network(everyone, 0)
     places = probabilities(model, pair.inputs) if pair.outputs > 1 else outputs(model, pair.inputs)
     sizes = [round(share * len(everyone)) for share in args.sizes]
@@ -99,10 +103,10 @@ def predictions(
     """Of every method for the groups of every size, from the network of one seed."""
     pair, everyone = training.pair, tuple(range(len(training.pair.labels)))
     model, path = training.network(everyone, seed), training.sgd(everyone, seed, checkpoints=5)
-    kind = "exact" if pair.logistic else args.curvature
+    kind = "exact" if pair.logistic else "ekfac" if pair.residual else args.curvature
     if kind is None:
         kind = "hessian" if pair.smooth and pair.outputs == 1 else "fisher"
-    effects, scores = EFFECTS[kind](pair, model), additive_scores(pair, model, path, args.rate)
+    effects, scores = EFFECTS[kind](pair, model), additive_scores(pair, model, path, training.mean_rates(5))
     return {size: estimates(effects, scores, of_size) for size, of_size in groups.items()}
 
 
@@ -132,6 +136,7 @@ def settings(name: str, args: argparse.Namespace, pair: Pair, seed: int) -> dict
         "seed": seed,
         "smooth": pair.smooth,
         "decay": pair.decay,
+        **({"width": pair.width} if pair.residual else {}),
     }
 
 
@@ -189,7 +194,9 @@ def summary(results: list[dict[str, Any]]) -> str:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few rows, groups and epochs: under a minute on digits")
+    parser.add_argument(
+        "--quick", action="store_true", help="few rows, groups and epochs, no ResNet-9 unless named: a minute"
+    )
     parser.add_argument("--data", type=Path, default=os.environ.get("LI_DATA"), help="folder with the data sets")
     parser.add_argument("--pairs", nargs="+", help="names; all whose data is there")
     parser.add_argument("--rows", type=int, help="training rows; 1000, or 300")
@@ -198,12 +205,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--training", choices=("converged", "sgd"), default="converged", help="of the MLPs")
     parser.add_argument("--decay", type=float, help="of the MLPs' weights; 0.03, or 0.01 as in [IA] with sgd")
     parser.add_argument("--curvature", choices=("hessian", "fisher", "ekfac"), help="of the MLPs")
+    parser.add_argument("--width", type=int, help="channels of ResNet-9's first layer; 16, or 8 (usual: 64)")
     parser.add_argument("--groups", type=int, help="of each size; 50, or 10")
     parser.add_argument(
         "--sizes", type=float, nargs="+", default=[0.025, 0.08, 0.2], help="of groups, share of the rows"
     )
     parser.add_argument("--seeds", type=int, help="initial weights, or SGD runs, of an MLP; 3, or 1")
-    parser.add_argument("--epochs", type=int, help="of SGD; 200 as in [IA], or 40")
+    parser.add_argument("--epochs", type=int, help="of SGD; 200 as in [IA], or 40; of ResNet-9 a quarter")
     parser.add_argument("--rate", type=float, help="of SGD; 0.01 as in [IA], or 0.1")
     parser.add_argument("--seed", type=int, default=0, help="of the first split and its anchors")
     parser.add_argument("--splits", type=int, default=1, help="of the data, with other anchors")
@@ -212,6 +220,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     defaults: dict[str, tuple[float, float]] = {"rate": (0.01, 0.1)}
     defaults |= {"rows": (1000, 300), "targets": (500, 200), "groups": (50, 10), "seeds": (3, 1), "epochs": (200, 40)}
+    defaults["width"] = (16, 8)
     for key, values in defaults.items():
         if getattr(args, key) is None:
             setattr(args, key, values[args.quick])
@@ -222,7 +231,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"expected --pairs among those whose data is there, {known}; for others give --data DIR")
     if not all(0 < share < 1 for share in args.sizes) or args.rows * min(args.sizes) < 1:
         parser.error("expected --sizes as shares of the rows, such as 0.05, and a row in each group")
-    args.pairs = args.pairs or known
+    args.pairs = args.pairs or [name for name in known if not (args.quick and name.endswith("resnet9"))]
     return args
 
 

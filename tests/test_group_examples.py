@@ -46,9 +46,8 @@ def ran(*arguments):
 def test_quick_run(tmp_path):
     printed = ran("--quick", "--out", str(tmp_path))
     lines = json.loads(printed.splitlines()[-1].removeprefix("RESULT "))
-    assert {(row["pair"], row["size"]) for row in lines} == {
-        (name, size) for name in group_pairs.FALLBACK for size in (8, 24, 60)
-    }
+    names = ("digits-logistic", "digits-mlp")
+    assert {(row["pair"], row["size"]) for row in lines} == {(name, size) for name in names for size in (8, 24, 60)}
     for row in lines:
         assert row["method"] in ALL
         assert -1 <= row["spearman_low"] <= row["spearman"] <= row["spearman_high"] <= 1
@@ -60,7 +59,7 @@ def test_quick_run(tmp_path):
     assert "not as claimed:\n  digits-logistic, groups of 8: F+I <= F" in printed
     kept = json.loads((tmp_path / "results.json").read_text())
     assert [row["spearman"] for row in kept] == [row["spearman"] for row in lines]
-    for name in group_pairs.FALLBACK:
+    for name in names:
         trainings = (tmp_path / f"{name}-0.jsonl").read_text().splitlines()
         assert len(trainings) <= 1 + 31
         assert json.loads(trainings[0])["settings"]["pair"] == name
@@ -189,6 +188,11 @@ def data(folder):
     head = "subject#,age,motor_UPDRS,total_UPDRS,jitter\n"
     lines = [f"{k},{a},{b},{c},{d}\n" for k, (a, b, c, d) in enumerate(table[:, :4])]
     (folder / "uci_regression" / "parkinsons_updrs.csv").write_text(head + "".join(lines))
+    (folder / "cifar-10-batches-bin").mkdir()
+    for part in (1, 2):
+        pixels = np.random.default_rng(part).integers(0, 256, (15, 3073))
+        pixels[:, 0] = np.arange(15) % 10
+        (folder / "cifar-10-batches-bin" / f"data_batch_{part}.bin").write_bytes(pixels.astype(np.uint8).tobytes())
     return folder
 
 
@@ -209,6 +213,49 @@ def test_data_sets_are_read(tmp_path):
         assert table.target_labels.shape == (20, 1)
         assert (table.outputs, table.labels.mean().item()) == (1, pytest.approx(0, abs=1e-6))
         assert table.labels.std().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_cifar10_is_read_from_its_binary_version(tmp_path):
+    folder = data(tmp_path)
+    made = load_pair("cifar10-resnet9", folder, 20, 10, 14, 0, width=4)
+    assert (made.inputs.shape, made.target_inputs.shape, made.outputs) == ((20, 3, 32, 32), (10, 3, 32, 32), 10)
+    parts = [folder / "cifar-10-batches-bin" / f"data_batch_{part}.bin" for part in (1, 2)]
+    published = np.stack([np.frombuffer(part.read_bytes(), np.uint8).reshape(15, 3073) for part in parts]).reshape(
+        30, -1
+    )
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(0)).numpy()
+    assert made.labels.tolist() == published[order[:20], 0].tolist()
+    assert made.target_labels.tolist() == published[order[20:], 0].tolist()
+    red, blue = published[order[:20], 1:1025].astype(float), published[order[:20], 2049:].astype(float)
+    for channel, values in ((0, red), (2, blue)):
+        wanted = (values - values.mean()) / values.std(ddof=1)
+        assert np.allclose(made.inputs[:, channel].flatten(1), wanted, atol=1e-3)
+    parts[0].write_bytes(b"123")
+    with pytest.raises(SystemExit, match=r"expected data_batch_.* 3073 bytes for each image"):
+        load_pair("cifar10-resnet9", folder, 20, 10, 14, 0)
+
+
+def test_resnet9_has_a_loss_of_each_example_and_a_rate_that_falls_to_0():
+    made = load_pair("digits-resnet9", None, 20, 10, 14, 0, width=4)
+    assert made.inputs.shape == (20, 1, 8, 8)
+    network = made.network(3).train()
+    assert sum(isinstance(part, nn.Conv2d) for part in network.modules()) == 8
+    torch.testing.assert_close(network(made.inputs)[7:8], network(made.inputs[7:8]))
+    assert group_pairs.resnet9(3, 10, 64)[-1].in_features == 512
+    training = Training(made, 10, 0.1)
+    rates = [training.rate_of(epoch) for epoch in range(1, 11)]
+    assert rates == sorted(rates, reverse=True)
+    assert (rates[0], rates[-1]) == (0.1, pytest.approx(0.1 * np.sin(np.pi / 20) ** 2))
+    assert training.mean_rates(5) == pytest.approx([np.mean(rates[k : k + 2]) for k in range(0, 10, 2)])
+    assert Training(replace(made, name="digits-mlp"), 2, 0.3).mean_rates(5) == [0.3, 0.3]
+
+
+@pytest.mark.filterwarnings("ignore:.*too few positions")
+def test_resnet9_from_end_to_end(tmp_path):
+    options = ["--quick", "--pairs", "digits-resnet9", "--out", str(tmp_path), "--rows", "80", "--targets", "8"]
+    args = example.parse([*options, "--groups", "3", "--sizes", "0.1", "--epochs", "4", "--width", "2"])
+    assert {row["method"] for row in example.study("digits-resnet9", args)} >= {"F", "F+I", "TracIn", "TRAK"}
+    assert json.loads((tmp_path / "digits-resnet9-0.jsonl").read_text().splitlines()[0])["settings"]["width"] == 2
 
 
 def test_regression_from_end_to_end(tmp_path):

@@ -38,7 +38,9 @@ class GradientCapture:
     outputs in the graph, gradients are asked for there and nowhere else, so that no weight gradient is
     computed and no ``.grad`` is touched. Inside the context the model is in evaluation mode (per-example
     gradients are not defined under batch statistics and not reproducible under dropout); modes are restored
-    module by module on exit.
+    module by module on exit. So BatchNorm is what it is at inference, a fixed map by its running statistics, whose
+    weight and bias have gradients like any others; what an example does to these statistics is not part of its
+    influence. One without running statistics is refused: nothing of it belongs to one example.
 
     The first batch is passed backward once more with weighted losses, to make sure that every row of every
     component's gradient belongs to one example.

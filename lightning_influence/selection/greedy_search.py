@@ -141,7 +141,7 @@ class GreedySearch:
         table = bounds.table(path.directions[:-1])
         alive = bounds.rows_below(table, path.limits)
         self._evaluated = len(alive)
-        sweep = Sweep(self._pool, path, self._alone, self._keys, self._dtype)
+        sweep = Sweep(self._pool, path, self._alone, self._keys, self._dtype, len(alive))
         lowest = self._alone.new_empty(len(alive), len(sweep.kept_steps))
         for start in range(0, len(alive), sweep.rows_at_a_time):
             part = slice(start, start + sweep.rows_at_a_time)

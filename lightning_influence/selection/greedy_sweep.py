@@ -13,6 +13,7 @@ from lightning_influence.selection.greedy_ties import ROUNDING
 
 _COLUMNS = 512  # products of so many terms are summed in one go: bounds the rounding error of float32
 _KEPT = 8  # steps at which the scores of all rows are kept, besides the end
+_MEMORY, _LEAST_MEMORY = 0.02, 2**20  # share of the features, and bytes, that these may take; two are always kept
 _ORDINARY = 1e12  # norms between 1 / this and this: sums of their products stay in the range of float32
 
 
@@ -29,9 +30,10 @@ class Sweep:
         alone: q_j − b_j [n], float64; infinite for rows that are out.
         keys: The order [n] in which ties are resolved.
         dtype: Of the first products, from `sweep_dtype`.
+        count: Rows that will be evaluated.
     """
 
-    def __init__(self, pool: Factors, path: Path, alone: Tensor, keys: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, pool: Factors, path: Path, alone: Tensor, keys: Tensor, dtype: torch.dtype, count: int) -> None:
         assert pool.features is not None
         self._features, self._values, self._alone, self._keys = pool.features, pool.values, alone, keys
         self._path, self._steps, self._found = path, len(path), [alone.new_empty(0, 6)]
@@ -47,7 +49,9 @@ class Sweep:
         assert scratch is not None
         self._room = scratch.flatten().view(dtype)
         self.rows_at_a_time = len(self._room) // min(r, _COLUMNS)
-        self.kept_steps = [len(path), *range(0, self._steps, -(-self._steps // _KEPT))]
+        room = max(_MEMORY * pool.features.nbytes, _LEAST_MEMORY) / (alone.element_size() * max(count, 1))
+        kept = max(1, min(_KEPT, int(room) - 1))
+        self.kept_steps = [len(path), *range(0, self._steps, -(-self._steps // kept))]
 
     def evaluate(self, rows: Tensor, norms: Tensor, errors: Tensor) -> Tensor:
         """Lower ends of the scores before each of the `kept_steps` [rows, kept], float64; what may win is kept.

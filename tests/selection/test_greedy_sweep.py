@@ -25,7 +25,7 @@ def test_winners_are_kept_and_lower_ends_hold(
     errors = 1e-10 * torch.ones(N).double()
     some = Candidates(pool.features[::2].double(), alone[::2], errors[::2], keys[::2])
     path = predict(factors, factors.shift([]), some, 6, Alone())
-    sweep = Sweep(factors, path, alone, keys, sweep_dtype(pool.features, 1.0))
+    sweep = Sweep(factors, path, alone, keys, sweep_dtype(pool.features, 1.0), N)
     lowest = torch.cat([sweep.evaluate(part, factors.norms()[part], errors[part]) for part in rows.split(20)])
     found = sweep.found()
     assert sweep.kept_steps == [6, 0, 1, 2, 3, 4, 5]
@@ -43,6 +43,18 @@ def test_winners_are_kept_and_lower_ends_hold(
         )
         torch.testing.assert_close(here[:, 4], scores[here[:, 1].long()])
         assert torch.equal(here[:, 3], pool.values[here[:, 1].long()])
+
+
+def test_fewer_scores_are_kept_where_they_would_take_much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = clustered_pool(N, 10, torch.float32)
+    factors = Factors.checked("test", pool.values, pool.features, pool.metric)
+    alone, keys = 0.5 * factors.self_interactions() - factors.values, torch.arange(N)
+    some = Candidates(pool.features.double(), alone, 1e-10 * torch.ones(N).double(), keys)
+    path = predict(factors, factors.shift([]), some, 6, Alone())
+    monkeypatch.setattr(greedy_sweep, "_LEAST_MEMORY", 0)
+    monkeypatch.setattr(greedy_sweep, "_MEMORY", 0.5)  # 1800 bytes
+    for count, kept in ((56, [6, 0, 2, 4]), (75, [6, 0, 3]), (90, [6, 0]), (1000, [6, 0]), (0, [6, 0, 1, 2, 3, 4, 5])):
+        assert Sweep(factors, path, alone, keys, torch.float32, count).kept_steps == kept
 
 
 def test_float32_only_where_it_is_safe() -> None:
