@@ -145,10 +145,10 @@ def network_rows(pair: Pair, model: nn.Module, inputs: Tensor, draws: int) -> Te
 
 
 def ekfac_effects(pair: Pair, model: nn.Module) -> GroupInfluence:
-    """EK-FAC with the weight decay as its damping, and the exact Gauss-Newton matrix of the target."""
-    kind = "sampled" if pair.outputs > 1 else "gauss-newton"  # one output: exact at the same price
+    """EK-FAC with the weight decay as its damping, also of the groups; the exact Gauss-Newton matrix of the target."""
+    model = copy.deepcopy(model).float()  # as the data is
     influence = GroupInfluence(
-        model, EKFAC(damping=pair.decay), "gauss-newton", group_curvature=kind, batch_size=256, progress=False
+        model, EKFAC(damping=pair.decay), "gauss-newton", group_curvature="eigenvalues", batch_size=256, progress=False
     )
     return influence.fit(*datasets(pair))
 

@@ -21,7 +21,7 @@ which is its Hessian. How MLPs are trained decides what can be seen at all:
 ResNet-9 is always trained by SGD, with momentum 0.9, a cosine and a quarter of the epochs, and with GroupNorm, so that
 every example has a loss of its own; its estimates use EK-FAC.
 
---curvature takes another one: ekfac, whose blocks do not always leave the Newton step a positive definite rest. The
+--curvature takes another one: ekfac, which has the groups' curvature in its own eigenbasis only. The
 weight decay is the damping. TracIn sums over 5 checkpoints of an SGD run, TRAK projects to at most 512 dimensions; of
 their sums and of gradient dot products only the order has a meaning. Trainings are kept in --out: a run that was killed
 goes on.

@@ -286,7 +286,7 @@ def test_ekfac_says_where_the_newton_step_is_not_defined(capsys):
 
 def test_ekfac_estimates_are_those_of_the_library():
     made = pair(n=40)
-    effects = group_estimates.ekfac_effects(made, nn.Sequential(nn.Linear(4, 3)))
+    effects = group_estimates.ekfac_effects(made, nn.Sequential(nn.Linear(4, 3)).double())
     assert effects.curvature.damping == DECAY
     assert effects.estimates([(0, 1)], "F").shape == (1,)
 

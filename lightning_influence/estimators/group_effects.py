@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_influence.estimators.eigen_curvature import EigenCurvature
 from lightning_influence.estimators.factors import Id, check_finite, check_ids, check_weight, few, rows_of
 from lightning_influence.estimators.interactions import Change, Interactions, check_change
 from lightning_influence.estimators.newton_step import IndefiniteError, curvature_term, newton_shift
@@ -57,6 +58,7 @@ class GroupEffects:
         curvature_rows: ĝ_is [n, s, r] with Σ_s ĝ_is ĝ_is^T the Gauss-Newton matrix of example i, or an estimate of
             it; None: no H_S, so that B and N are refused.
         curvature_shifts: H⁻¹ ĝ_is [n, s, r].
+        own: H_S as the diagonal of it in the eigenbasis of H, instead of curvature_rows.
         ids: Ids of the examples, all int or all str.
         weight: w.
         damping: Damping of H, for labels.
@@ -72,6 +74,7 @@ class GroupEffects:
     target_curvature: TargetCurvature
     curvature_rows: Tensor | None = None
     curvature_shifts: Tensor | None = None
+    own: EigenCurvature | None = None
     _: KW_ONLY
     ids: Sequence[Id]
     weight: float
@@ -137,6 +140,11 @@ class GroupEffects:
     def __len__(self) -> int:
         return len(self.shifts)
 
+    @property
+    def curved(self) -> bool:
+        """Whether there is an H_S, so that B and N are defined."""
+        return self.curvature_rows is not None or self.own is not None
+
     def estimate(self, group: Iterable[Id], method: Method = "N+I", change: Change = "removal") -> float:
         """`estimates` of one group."""
         return float(self.estimates([group], method, change)[0])
@@ -155,7 +163,7 @@ class GroupEffects:
         self, groups: Iterable[Iterable[Id]], methods: Sequence[Method] = METHODS, change: Change = "removal"
     ) -> dict[Method, Tensor]:
         """`estimates` by several methods, which share what they have in common."""
-        check_methods(f"{_CALL}.estimates", methods, change, self.curvature_rows is not None)
+        check_methods(f"{_CALL}.estimates", methods, change, self.curved)
         rows = [rows_of(_CALL, group, self._rows) for group in groups]
         terms = {term for method in methods for term in TERMS[method]}
         parts = self._terms(rows, terms, 1.0 if change == "removal" else -1.0)
@@ -163,7 +171,7 @@ class GroupEffects:
 
     def shift(self, group: Iterable[Id], method: Literal["F", "N"] = "N", change: Change = "removal") -> Tensor:
         """Predicted change of the parameters, float64 [r]: ±U_S for "F", ±Δ_S for "N"."""
-        check_methods(f"{_CALL}.shift", [method], change, self.curvature_rows is not None)
+        check_methods(f"{_CALL}.shift", [method], change, self.curved)
         sign = 1.0 if change == "removal" else -1.0
         rows = rows_of(_CALL, group, self._rows)
         return sign * (self._first(rows) if method == "F" else self._newton(rows, sign))
@@ -182,6 +190,7 @@ class GroupEffects:
             shifts=self.shifts[rows],
             curvature_rows=self.curvature_rows[rows] if self.curvature_rows is not None else None,
             curvature_shifts=self.curvature_shifts[rows] if self.curvature_shifts is not None else None,
+            own=self.own.subset(rows) if self.own is not None else None,
             ids=ids,
         )
 
@@ -239,18 +248,24 @@ class GroupEffects:
         return self.weight * self.shifts[rows].sum(0, dtype=torch.float64)
 
     def _second(self, rows: list[int], first: Tensor) -> Tensor:
+        if self.own is not None:
+            return self.own.curvature_term(self.target_gradient, first, rows, self.weight)
         return curvature_term(self.target_gradient, first, *self._curvature(rows), self.weight)
 
     def _newton(self, rows: list[int], sign: float) -> Tensor:
         """Δ_S, [r]."""
         try:
+            if self.own is not None:
+                return self.own.newton_shift(self._first(rows), rows, self.weight, sign)
             return newton_shift(self._first(rows), *self._curvature(rows), self.weight, sign)
         except IndefiniteError as error:
             names = few([self.ids[row] for row in rows])
             raise ValueError(
                 f"`{_CALL}`: removing the group of {names} ({len(rows)} in all) takes away more curvature than there "
                 f"is: {error}. Add more than {error.damping:.3g} to the damping ({self.damping}), which is "
-                "sufficient, or remove fewer examples; the methods 'F+I' and 'F+I+B' do not need it."
+                "sufficient, or remove fewer examples; the methods 'F+I' and 'F+I+B' do not need it. In "
+                "GroupInfluence, take H_S as EK-FAC has it, group_curvature='eigenvalues', or both matrices exactly: "
+                "CG(preconditioner=EKFAC()) and group_curvature='gauss-newton'."
             ) from error
 
     def _curvature(self, rows: list[int]) -> tuple[Tensor, Tensor]:

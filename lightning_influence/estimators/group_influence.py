@@ -16,9 +16,11 @@ from lightning_influence.capture.budget import check_bytes
 from lightning_influence.capture.component import Select
 from lightning_influence.curvature import Curvature, ProjectedGram
 from lightning_influence.curvature.base import loss_for
+from lightning_influence.curvature.kronecker import KroneckerCurvature
 from lightning_influence.curvature.products import PRODUCTS, ProductKind
 from lightning_influence.errors import NotFittedError
 from lightning_influence.estimators.base import Loss
+from lightning_influence.estimators.eigen_curvature import EigenCurvature, WhitenedGradients
 from lightning_influence.estimators.factors import Id, check_weight, rows_of
 from lightning_influence.estimators.gradient_coordinates import Coordinates, coordinates_of
 from lightning_influence.estimators.gradient_rows import GradientRows
@@ -28,7 +30,7 @@ from lightning_influence.estimators.interactions import Change, Interactions
 from lightning_influence.estimators.target_curvature import TargetCurvature, TargetProduct, TargetRows
 from lightning_influence.store import Store
 
-GroupCurvature: TypeAlias = Literal["sampled", "empirical", "gauss-newton"]
+GroupCurvature: TypeAlias = Literal["sampled", "empirical", "gauss-newton", "eigenvalues"]
 TargetKind: TypeAlias = Literal["sampled", "empirical"] | ProductKind
 
 _CALL = "GroupInfluence"
@@ -59,9 +61,10 @@ class GroupInfluence:
     of the gradients, and pools of any size fit.
 
     Removal by N takes H_S away from H, so the two should be of one kind: `CG` with ``"gauss-newton"`` (all exact, for
-    small models), or `Exact` with ``"sampled"``, whose H is the sum of the very same outer products. EK-FAC and LoGra
-    are no sums over examples: large groups of alike rows can be refused, and the damping that they need is told. Where
-    there are few hundred examples, labels drawn once make H noisy, for every method.
+    small models), `Exact` with ``"sampled"``, whose H is the sum of the very same outer products, or `EKFAC` with
+    ``"eigenvalues"``. Otherwise EK-FAC and LoGra are no sums over examples: large groups of alike rows can be refused,
+    and the damping that they need is told. Where there are few hundred examples, labels drawn once make H noisy, for
+    every method.
 
     Args:
         model: The model at the parameters of interest. Left as it was.
@@ -76,7 +79,8 @@ class GroupInfluence:
         group_curvature: H_S, needed by B and N: ``"sampled"``, the gradients of the members under labels drawn from the
             model, at the curvature's own seed, so that H and H_S fit together; ``"empirical"``, under their own labels;
             ``"gauss-newton"``, exact, by as many passes as the model has outputs (classification and regression with
-            few of them).
+            few of them); ``"eigenvalues"``, for `EKFAC` and `KFAC`, what the members, under the labels of the fit, add
+            to the eigenvalues of H, in its eigenbasis (`EigenCurvature`).
         draws: Labels drawn for each example where they are sampled, of members and of targets; more are more precise.
         seed: Of the labels drawn for the targets.
         batch_size: Examples per batch; None takes the loader's, or 32.
@@ -102,7 +106,7 @@ class GroupInfluence:
         memory_budget: int = 2 * 1024**3,
         progress: bool = True,
     ) -> None:
-        _check_options(target_curvature, group_curvature, draws)
+        _check_options(target_curvature, group_curvature, draws, curvature)
         check_bytes(_CALL, "memory_budget", memory_budget)
         self.influence = InfluenceFunction(
             model, curvature, loss, components, batch_size=batch_size, memory_budget=memory_budget, progress=progress
@@ -246,7 +250,7 @@ class GroupInfluence:
     def _check(self, targets: ExampleLoader, pool: ExampleLoader) -> None:
         """Everything that can be refused by looking at the targets and one example of the pool."""
         self.influence.check(targets)
-        if "sampled" in (self.target_curvature, self.group_curvature):
+        if "sampled" in (self.target_curvature, self._labels()):
             self.influence.check(ExampleLoader(targets, indices=targets.ids[:1]), labels="sampled")
         self._rows.count(pool, self.group_curvature)
 
@@ -276,7 +280,7 @@ class GroupInfluence:
     def _effects(self, names: list[Id], curved: bool) -> GroupEffects:
         """Of some examples at least; the last ones are found again."""
         kept = self._kept
-        if kept is not None and set(names) <= set(kept.ids) and (not curved or kept.curvature_rows is not None):
+        if kept is not None and set(names) <= set(kept.ids) and (not curved or kept.curved):
             return kept
         fitted = self._fitted("estimates")
         needed = len(names) * self._bytes(curved)
@@ -289,8 +293,10 @@ class GroupInfluence:
         self._kept = None  # before there are others
         coordinates, members = fitted.coordinates, ExampleLoader(fitted.pool, indices=[int(name) for name in names])
         shifts = coordinates.solve(self._rows.of(members, coordinates, "empirical")[:, 0])
-        rows = row_shifts = None
-        if curved:
+        rows = row_shifts = own = None
+        if curved and self.group_curvature == "eigenvalues":
+            own = self._own(members)
+        elif curved:
             rows = self._rows.of(members, coordinates, self.group_curvature, self.curvature.seed)
             row_shifts = coordinates.solve(rows.flatten(0, 1)).reshape(rows.shape)
         self._kept = GroupEffects(
@@ -299,12 +305,26 @@ class GroupInfluence:
             fitted.target,
             rows,
             row_shifts,
+            own,
             ids=names,
             weight=fitted.weight,
             damping=self.influence.damping,
             reduction=loss_for(self.influence.model, fitted.pool, self.influence.loss).reduction,
         )
         return self._kept
+
+    def _own(self, members: ExampleLoader) -> EigenCurvature:
+        assert isinstance(self.curvature, KroneckerCurvature)
+        whitened = WhitenedGradients(self.components, self.curvature)
+        rows = self._rows.of(members, whitened, self._labels(), self.curvature.seed)
+        return EigenCurvature(rows[:, 0].square(), whitened.eigenvalues(), whitened.scaled)
+
+    def _labels(self) -> str:
+        """Kind of the rows that H_S is made of."""
+        if self.group_curvature != "eigenvalues":
+            return self.group_curvature
+        assert isinstance(self.curvature, KroneckerCurvature)
+        return self.curvature.fisher
 
     def _parts(self, groups: list[list[Id]], curved: bool) -> Iterator[list[list[Id]]]:
         """Consecutive groups whose members fit into memory together; one group at least."""
@@ -327,7 +347,7 @@ class GroupInfluence:
         return own + (2 * self._rows.bytes(fitted.pool, fitted.coordinates, self.group_curvature) if curved else 0)
 
 
-def _check_options(target_curvature: object, group_curvature: str, draws: object) -> None:
+def _check_options(target_curvature: object, group_curvature: str, draws: object, curvature: Curvature | None) -> None:
     kinds = ("empirical", "sampled", *PRODUCTS)
     if isinstance(target_curvature, ProjectedGram):
         raise ValueError(
@@ -341,7 +361,15 @@ def _check_options(target_curvature: object, group_curvature: str, draws: object
         )
     if group_curvature not in get_args(GroupCurvature):
         raise ValueError(
-            f"`{_CALL}(group_curvature={group_curvature!r})`: expected 'sampled', 'empirical' or 'gauss-newton'."
+            f"`{_CALL}(group_curvature={group_curvature!r})`: expected 'sampled', 'empirical', 'gauss-newton' or "
+            "'eigenvalues'."
         )
-    if type(draws) is not int or draws < 1:
-        raise ValueError(f"`{_CALL}(draws={draws!r})`: expected an int >= 1.")
+    if group_curvature == "eigenvalues" and not isinstance(curvature, KroneckerCurvature | None):
+        raise ValueError(
+            f"`{_CALL}(group_curvature='eigenvalues', curvature={curvature!r})`: expected EKFAC() or KFAC(). Use "
+            "'gauss-newton' or 'sampled' for others."
+        )
+    if type(draws) is not int or draws < 1 or (group_curvature == "eigenvalues" and draws > 1):
+        raise ValueError(
+            f"`{_CALL}(draws={draws!r})`: expected an int >= 1; 1, the labels of the fit, for 'eigenvalues'."
+        )
