@@ -60,6 +60,17 @@ def test_removals_are_always_defined_where_members_are_training_data(options: di
     assert effects.estimate([5, 7], "F+B") == pytest.approx(influence.estimate([5, 7], "F+B"))
 
 
+def test_in_single_precision() -> None:
+    model = mlp()
+    found = []
+    for network, dtype in ((model, torch.float64), (mlp().float(), torch.float32)):
+        train, targets = ([(x.to(dtype), y) for x, y in data] for data in (TRAIN, TARGETS))
+        influence = GroupInfluence(network, EKFAC(damping=0.01), group_curvature="eigenvalues", progress=False)
+        found.append(influence.fit(train, targets).table(GROUPS))
+    for method, values in found[0].items():
+        torch.testing.assert_close(found[1][method], values, rtol=1e-3, atol=1e-4)
+
+
 def test_more_curvature_than_there_is() -> None:
     influence = GroupInfluence(mlp(), EKFAC(damping=1e-6), group_curvature="eigenvalues", progress=False)
     influence.fit(TRAIN, TARGETS, weight=1.0)
