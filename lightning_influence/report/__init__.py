@@ -19,7 +19,7 @@ from lightning_influence.report.interaction_views import (
     spectrum_plot,
     spectrum_table,
 )
-from lightning_influence.report.selection_plot import selection_plot
+from lightning_influence.report.selection_plot import saturation_plot, selection_plot
 
 __all__ = [
     "ComponentImportance",
@@ -37,6 +37,7 @@ __all__ = [
     "method_table",
     "path_curve",
     "prefix_ranks",
+    "saturation_plot",
     "selection_plot",
     "share_plot",
     "spectrum_plot",

@@ -1,12 +1,14 @@
-"""A picture of selections: the target loss over their sizes."""
+"""Pictures of selections: the target loss over their sizes, and where their predicted gains run out."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lightning_influence.evaluation.selection_curves import SelectionCurves
 from lightning_influence.report.component_plots import COLOURS, GREY, MARKERS
+from lightning_influence.selection import Selection, gain_curve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,13 +24,7 @@ def selection_plot(curves: SelectionCurves, ylabel: str = "target loss") -> Figu
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            '`selection_plot` needs matplotlib, which is not installed: pip install "lightning-influence[plots]"'
-        ) from None
-    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+    figure = _figure("selection_plot")
     axes = figure.subplots()
     for row, method in enumerate(curves.methods):
         points = [curves.point(method, size) for size in curves.sizes]
@@ -51,3 +47,39 @@ def selection_plot(curves: SelectionCurves, ylabel: str = "target loss") -> Figu
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     return figure
+
+
+def saturation_plot(selections: Mapping[str, Selection]) -> Figure:
+    """Share of its largest predicted gain that each selection has after every pick (`gain_curve`).
+
+    A curve that is flat long before its end belongs to a weight or ridge at which the later rows do nothing, or undo
+    what the first did too much of; one that is straight to rows that do not know of each other.
+
+    Args:
+        selections: By name.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    figure = _figure("saturation_plot")
+    axes = figure.subplots()
+    for place, (name, selection) in enumerate(selections.items()):
+        curve = [0.0, *gain_curve(selection).tolist()]
+        axes.plot(range(len(curve)), curve, color=COLOURS[place % len(COLOURS)], linewidth=1.4, label=name)
+    axes.set_xlabel("rows picked")
+    axes.set_ylabel("share of the largest predicted gain")
+    axes.grid(alpha=0.25)
+    if selections:
+        axes.legend(frameon=False)
+    return figure
+
+
+def _figure(call: str) -> Figure:
+    """A figure of its own: no window, no global state."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            f'`{call}` needs matplotlib, which is not installed: pip install "lightning-influence[plots]"'
+        ) from None
+    return Figure(figsize=(6.4, 4.8), layout="constrained")

@@ -33,6 +33,12 @@ from lightning_influence.selection.random import Random
 from lightning_influence.selection.redundancy_filter import RedundancyFilter
 from lightning_influence.selection.refinement import refine
 from lightning_influence.selection.round_robin import RoundRobin
+from lightning_influence.selection.saturation import (
+    gain_curve,
+    saturating_ridge,
+    saturating_weight,
+    select_at_saturation,
+)
 from lightning_influence.selection.selection import Selection
 from lightning_influence.selection.sharded_greedy import select_sharded
 from lightning_influence.selection.stochastic_greedy import StochasticGreedy
@@ -66,9 +72,13 @@ __all__ = [
     "component_score",
     "component_values",
     "cross_validate_components",
+    "gain_curve",
     "greedy_components",
     "refine",
     "resolve_budget",
+    "saturating_ridge",
+    "saturating_weight",
+    "select_at_saturation",
     "select_by_scores",
     "select_sharded",
     "single_component_scores",

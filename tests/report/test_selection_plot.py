@@ -3,11 +3,13 @@ from __future__ import annotations
 import sys
 
 import pytest
+import torch
 
+from lightning_influence import InteractionGreedy, TopK, gain_curve
 from lightning_influence.evaluation.retraining import Retraining
 from lightning_influence.evaluation.selection_curves import selection_curves
 from lightning_influence.report.component_plots import GREY
-from lightning_influence.report.selection_plot import selection_plot
+from lightning_influence.report.selection_plot import saturation_plot, selection_plot
 
 
 def curves(seeds):
@@ -35,3 +37,21 @@ def test_it_says_what_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ModuleNotFoundError, match=r"`selection_plot` needs matplotlib.*lightning-influence\[plots\]"):
         selection_plot(curves(1))
+
+
+def test_gains_that_run_out(tmp_path):
+    values, features = torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.ones(4, 1)
+    found = {
+        "additive": TopK().select(values, budget=4),
+        "greedy": InteractionGreedy().select(values, features, budget=4),
+    }
+    figure = saturation_plot(found)
+    [axes] = figure.axes
+    assert [line.get_label() for line in axes.lines] == ["additive", "greedy"]
+    for line, selection in zip(axes.lines, found.values(), strict=True):
+        assert line.get_xdata().tolist() == [0, 1, 2, 3, 4]
+        assert line.get_ydata().tolist() == [0.0, *gain_curve(selection).tolist()]
+    assert axes.lines[0].get_ydata().tolist() == pytest.approx([0, 0.4, 0.7, 0.9, 1])
+    assert axes.lines[1].get_ydata().tolist() == pytest.approx([0, 3.5 / 5, 1, 4.5 / 5, 2 / 5])
+    figure.savefig(tmp_path / "saturation.png")
+    assert not saturation_plot({}).axes[0].lines
