@@ -237,8 +237,9 @@ def flipped(n: int, wrong: int) -> NewtonPool:
 
 def test_rows_that_the_others_contradict() -> None:
     pool = flipped(40, wrong=6)
-    assert set(pool.opposed(10).tolist()) == set(range(6))
-    assert (pool.agreement()[:6] < 0).all()
+    agreement = pool.agreement()
+    assert (agreement < 0).nonzero().flatten().tolist() == list(range(6))
+    assert pool.opposed(10).tolist() == agreement.argsort()[:9].tolist()  # half as many again
     assert not len(flipped(40, wrong=0).opposed(10))
     assert pool.opposed(38).tolist() == pool.opposed(10)[:2].tolist()
     assert not len(pool.opposed(1.0))
