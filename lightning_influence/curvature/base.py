@@ -120,7 +120,7 @@ class Curvature(ABC):
             NotFittedError: Before the last pass is finished.
         """
         self.whitened_size(component)  # says why there is none
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines `whitened_size` and has to define `whiten` with it.")
 
     def whitened(self, records: Iterable[tuple[Component, LayerRecord]]) -> Tensor:
         """`whiten` for all components of a batch, side by side: [n, r]. Curvatures that couple them override it."""

@@ -369,7 +369,9 @@ def _check_options(target_curvature: object, group_curvature: str, draws: object
             f"`{_CALL}(group_curvature='eigenvalues', curvature={curvature!r})`: expected EKFAC() or KFAC(). Use "
             "'gauss-newton' or 'sampled' for others."
         )
-    if type(draws) is not int or draws < 1 or (group_curvature == "eigenvalues" and draws > 1):
+    if type(draws) is not int or draws < 1:
+        raise ValueError(f"`{_CALL}(draws={draws!r})`: expected an int >= 1.")
+    if group_curvature == "eigenvalues" and draws > 1:
         raise ValueError(
-            f"`{_CALL}(draws={draws!r})`: expected an int >= 1; 1, the labels of the fit, for 'eigenvalues'."
+            f"`{_CALL}(draws={draws}, group_curvature='eigenvalues')`: expected 1, the labels of the fit."
         )

@@ -22,8 +22,8 @@ class TokenBudget:
 
     Attributes:
         tokens: Number of tokens as an int >= 1, or a share in (0, 1] of those of the pool, rounded down.
-        of: Which tokens count: those with a target ("supervised"), or all that are not padding ("total"). Where the
-            counts are given, they are what is counted.
+        of: Which tokens count: those with a target ("supervised"; of classification and regression one a row), or all
+            that are not padding ("total"). Where the counts are given, they are what is counted.
         counts: Tokens of each row: a sequence by position, or a mapping or function by id. `select_training_data` and
             `DataSelector` count by themselves when None.
 

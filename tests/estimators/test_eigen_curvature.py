@@ -101,7 +101,10 @@ def test_one_row_in_its_own_basis_is_woodbury() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"draws": 2}, "(draws=2)`: expected an int >= 1; 1, the labels"), ({"curvature": "cg"}, "expected EKFAC() or")],
+    [
+        ({"draws": 2}, "(draws=2, group_curvature='eigenvalues')`: expected 1, the labels"),
+        ({"curvature": "cg"}, "expected EKFAC() or"),
+    ],
 )
 def test_what_has_no_eigenvalues_is_refused(options: dict[str, Any], message: str) -> None:
     curvature = object() if options.pop("curvature", None) else KFAC()

@@ -310,7 +310,7 @@ def refused(message: str) -> Any:
             "expected 'empirical' or 'sampled', which are Fishers in the projected",
         ),
         ({"group_curvature": "hessian"}, "(group_curvature='hessian')`: expected 'sampled', 'empirical', 'gauss-"),
-        ({"draws": 0}, "(draws=0)`: expected an int >= 1; 1, the labels of the fit, for 'eigenvalues'."),
+        ({"draws": 0}, "(draws=0)`: expected an int >= 1."),
         ({"memory_budget": "1GB"}, "`GroupInfluence(memory_budget='1GB')`: expected a number of bytes, an int >= 0"),
     ],
 )
