@@ -372,6 +372,4 @@ def _check_options(target_curvature: object, group_curvature: str, draws: object
     if type(draws) is not int or draws < 1:
         raise ValueError(f"`{_CALL}(draws={draws!r})`: expected an int >= 1.")
     if group_curvature == "eigenvalues" and draws > 1:
-        raise ValueError(
-            f"`{_CALL}(draws={draws}, group_curvature='eigenvalues')`: expected 1, the labels of the fit."
-        )
+        raise ValueError(f"`{_CALL}(draws={draws}, group_curvature='eigenvalues')`: expected 1, the labels of the fit.")
