@@ -30,13 +30,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_influence import EKFAC, InfluenceFunction, InteractionGreedy, Interactions, Random, TopK
+from lightning_influence import (
+    EKFAC,
+    GroupEffects,
+    InfluenceFunction,
+    InteractionGreedy,
+    Interactions,
+    Random,
+    TargetRows,
+    TopK,
+)
 from lightning_influence.metrics import class_entropy
 from lightning_influence.metrics.intervals import student_interval
 from lightning_influence.selection import NewtonPool
 from lightning_influence.selection.pipeline import choose
 
-METHODS = ("random", "additive", "interactions", "newton")
+METHODS = ("random", "additive", "interactions", "basu", "newton")  # basu: first order and his second order, F+B
 BATCH = 25  # divides every size
 RATE = 0.1
 CLASSES = 10
@@ -158,11 +167,18 @@ def selections(
         influence, parts.targets, parts.pool, landmarks=n if options.landmarks is None else options.landmarks
     )
     interactions = Interactions.from_scores(influence.score(parts.targets, parts.pool))
+    goals = TargetRows(newton.targets)
+    effects = GroupEffects.from_gradients(
+        newton.features, newton.targets.mean(0), goals, curvature_rows=newton.features
+    )
+    second = effects.interactions("F+B")
+    greedy = InteractionGreedy()
     for size in sizes:
         draws = [Random(1000 * network + seed) for network in range(options.networks)]
         yield "random", [choose(interactions, rule, size).positions for rule in draws]
-        for method, rule in (("additive", TopK()), ("interactions", InteractionGreedy())):
-            yield method, [choose(interactions, rule, size).positions] * options.networks
+        trio = (("additive", interactions, TopK()), ("interactions", interactions, greedy), ("basu", second, greedy))
+        for method, pairs, rule in trio:
+            yield method, [choose(pairs, rule, size).positions] * options.networks
         yield "newton", [newton.select(size).positions] * options.networks
 
 

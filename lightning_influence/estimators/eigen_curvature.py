@@ -47,6 +47,10 @@ class EigenCurvature:
         """``w ∇f^T H⁻¹ H_S U``, in which all matrices commute."""
         return gradient @ self.scaled(first, self._of(rows, weight))
 
+    def curvature_vectors(self, gradient: Tensor, weight: float) -> Tensor:
+        """v_i [n, P] with ``Σ_{i∈S} v_i^T U`` = `curvature_term`: the matrices are symmetric."""
+        return torch.stack([self.scaled(gradient, self._of([row], weight)) for row in range(len(self.shares))])
+
     def subset(self, rows: Sequence[int]) -> EigenCurvature:
         """Of some examples."""
         return EigenCurvature(self.shares[list(rows)], self.eigenvalues, self.scaled)

@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_influence.estimators.eigen_curvature import EigenCurvature
 from lightning_influence.estimators.factors import Id, check_finite, check_ids, check_weight, few, rows_of
-from lightning_influence.estimators.interactions import Change, Interactions, check_change
-from lightning_influence.estimators.newton_step import IndefiniteError, curvature_term, newton_shift
-from lightning_influence.estimators.target_curvature import TargetCurvature, TargetMatrix, TargetRows
+from lightning_influence.estimators.interactions import FORMULA, Change, Interactions, check_change
+from lightning_influence.estimators.newton_step import (
+    IndefiniteError,
+    curvature_term,
+    curvature_vectors,
+    newton_shift,
+)
+from lightning_influence.estimators.pair_factors import pair_factors
+from lightning_influence.estimators.target_curvature import TargetCurvature, TargetMatrix
 
 Method = Literal["F", "F+I", "F+B", "F+I+B", "N", "N+I"]
 
@@ -28,6 +34,12 @@ TERMS: dict[Method, tuple[str, ...]] = {
     "N+I": ("newton", "newton interaction"),
 }
 METHODS: tuple[Method, ...] = tuple(TERMS)
+PairMethod = Literal["F+I", "F+B", "F+I+B"]  # quadratic in the group, so that they are sums over its pairs
+PAIR_FORMULAS: dict[PairMethod, str] = {
+    "F+I": FORMULA,
+    "F+B": "removal ∇fᵀU_S + w ∇fᵀH⁻¹H_S U_S, addition −∇fᵀU_S + w ∇fᵀH⁻¹H_S U_S (Basu et al. 2020)",
+    "F+I+B": "F+I, and w ∇fᵀH⁻¹H_S U_S (Basu et al. 2020)",
+}
 
 _CALL = "GroupEffects"
 
@@ -194,29 +206,52 @@ class GroupEffects:
             ids=ids,
         )
 
-    def interactions(self) -> Interactions:
-        """F and K = F M F^T of these examples in the smallest of three forms, for pairs, views and selection rules.
+    def interactions(self, method: PairMethod = "F+I") -> Interactions:
+        """First order and pair terms of these examples, for pairs, views and selection rules.
 
-        F holds scores when H_f is a Fisher of few target examples; else it is u with M = H_f, or where n < r the
-        identity with M = K.
+        What an addition is estimated to do is −Σ b_i + ½ Σ_ij K_ij for each of the three methods:
+
+        - "F+I": K_ij = u_i^T H_f u_j ([IA] section 3.1).
+        - "F+B": K_ij = v_i^T u_j + v_j^T u_i with v_i = w Σ_s (∇f^T H⁻¹ ĝ_is) ĝ_is, from H_S = Σ_i H_i (Basu et al.
+          2020). With ĝ = g, the empirical Fisher of the group, and whitened gradients φ = H^(-1/2) g it is
+          w (b_i + b_j) φ_i^T φ_j. K is indefinite: alike rows that do harm are estimated to do good once they are many.
+        - "F+I+B": their sum.
+
+        K = F M F^T is held in the smallest of several forms: F has scores when H_f is a Fisher of few target examples;
+        else it is u with M = H_f, (v, u) with M swapping the two, or, where that is more than n columns, the identity
+        with M = K.
+
+        Raises:
+            ValueError: If the method is none of these, or needs the curvature of single examples where there is none.
         """
-        u, target = self.weight * self.shifts.double(), self.target_curvature
-        if isinstance(target, TargetRows):
-            features, metric = target.products(u), None
-        elif len(self) < u.shape[1]:
-            features, metric = torch.eye(len(self), dtype=u.dtype, device=u.device), target.apply(u) @ u.mT
-        else:
-            features, metric = u, target.apply(torch.eye(u.shape[1], dtype=u.dtype, device=u.device))
+        if method not in get_args(PairMethod):
+            raise ValueError(
+                f"`{_CALL}.interactions(method={method!r})`: expected 'F+I', 'F+B' or 'F+I+B'; a Newton step is no sum "
+                "over pairs."
+            )
+        check_methods(f"{_CALL}.interactions", [method], "addition", self.curved)
+        u = self.weight * self.shifts.double()
+        target = self.target_curvature if "interaction" in TERMS[method] else None
+        features, metric = pair_factors(u, target, self._vectors() if "second" in TERMS[method] else None)
         return Interactions(
             u @ self.target_gradient,
             features,
             metric,
             ids=self.ids,
             weight=self.weight,
-            target_curvature=target.label,
+            target_curvature="none" if target is None else target.label,
             damping=self.damping,
             reduction=self.reduction,
+            formula=PAIR_FORMULAS[method],
         )
+
+    def _vectors(self) -> Tensor:
+        """v with B(S) = Σ_{i∈S} v_i^T U_S, float64 [n, r]."""
+        if self.own is not None:
+            return self.own.curvature_vectors(self.target_gradient, self.weight)
+        assert self.curvature_rows is not None
+        assert self.curvature_shifts is not None
+        return curvature_vectors(self.target_gradient, self.curvature_rows, self.curvature_shifts, self.weight)
 
     @cached_property
     def _rows(self) -> dict[Id, int]:

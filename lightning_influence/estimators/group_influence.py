@@ -24,7 +24,14 @@ from lightning_influence.estimators.eigen_curvature import EigenCurvature, White
 from lightning_influence.estimators.factors import Id, check_weight, rows_of
 from lightning_influence.estimators.gradient_coordinates import Coordinates, coordinates_of
 from lightning_influence.estimators.gradient_rows import GradientRows
-from lightning_influence.estimators.group_effects import METHODS, TERMS, GroupEffects, Method, check_methods
+from lightning_influence.estimators.group_effects import (
+    METHODS,
+    TERMS,
+    GroupEffects,
+    Method,
+    PairMethod,
+    check_methods,
+)
 from lightning_influence.estimators.influence_function import InfluenceFunction
 from lightning_influence.estimators.interactions import Change, Interactions
 from lightning_influence.estimators.target_curvature import TargetCurvature, TargetProduct, TargetRows
@@ -209,18 +216,24 @@ class GroupInfluence:
         names = self._named(ids)
         return self._effects(names, curved=True).subset(names)
 
-    def interactions(self, ids: Iterable[Id] | None = None) -> Interactions:
+    def interactions(self, ids: Iterable[Id] | None = None, method: PairMethod = "F+I") -> Interactions:
         """F and K of some examples of the pool, or of all: for pairs, class means, the spectrum and selection rules.
 
-        With a Fisher of the targets (and the draws) no more is kept than the scores of examples x target rows.
+        With "F+I" and a Fisher of the targets (and the draws) no more is kept than the scores of examples x target
+        rows.
+
+        Args:
+            ids: Of the examples; None for all.
+            method: Whose pair terms K has, see `GroupEffects.interactions`.
 
         Raises:
             NotFittedError: Before `fit`.
-            ValueError: If an id is unknown or repeated, or they do not fit into memory.
+            ValueError: If an id is unknown or repeated, they do not fit into memory, or the method is no sum over
+                pairs.
         """
         names, target = self._named(ids), self._fitted("interactions").target
-        if not isinstance(target, TargetRows):
-            return self._effects(names, curved=False).subset(names).interactions()
+        if method != "F+I" or not isinstance(target, TargetRows):
+            return self._effects(names, curved=method != "F+I").subset(names).interactions(method)
         parts = ([name for [name] in part] for part in self._parts([[name] for name in names], curved=False))
         found = [self._effects(part, curved=False).subset(part).interactions() for part in parts]
         values, features = torch.cat([part.values for part in found]), torch.cat([part.features for part in found])

@@ -57,6 +57,19 @@ def curvature_term(gradient: Tensor, first: Tensor, rows: Tensor, row_shifts: Te
     return weight * (row_shifts @ gradient) @ (rows @ first)
 
 
+def curvature_vectors(gradient: Tensor, rows: Tensor, row_shifts: Tensor, weight: float) -> Tensor:
+    """v_i = w H_i H⁻¹ ∇f of single examples, so that ``Σ_{i∈S} v_i^T U`` is `curvature_term`: float64 [n, r].
+
+    Args:
+        gradient: ∇f [r], float64.
+        rows: ĝ_is [n, s, r] with H_i = Σ_s ĝ_is ĝ_is^T.
+        row_shifts: H⁻¹ ĝ_is [n, s, r].
+        weight: w.
+    """
+    found: Tensor = torch.einsum("ns,nsr->nr", weight * (row_shifts.double() @ gradient), rows.double())
+    return found
+
+
 def _fewest(rows: Tensor, row_shifts: Tensor) -> tuple[Tensor, Tensor]:
     """At most r rows with the same ``Ĝ^T Ĝ``: with Ĝ = Q T it is T, and ``T H⁻¹ = Q^T Ĝ H⁻¹``."""
     if len(rows) <= rows.shape[1]:

@@ -46,6 +46,9 @@ def test_the_newton_step_is_that_of_ekfac_without_the_group(change: str) -> None
     for method, values in influence.table(GROUPS, change=change).items():  # type: ignore[arg-type]
         wanted = [oracles.group_estimate(*pieces, group, method, change, 1 / 15) for group in GROUPS]
         torch.testing.assert_close(values, torch.tensor(wanted, dtype=torch.float64), rtol=1e-6, atol=1e-9)
+        if method.endswith("B"):
+            pairs = influence.interactions(method=method).estimates(GROUPS, change)  # type: ignore[arg-type]
+            torch.testing.assert_close(pairs, values)
 
 
 @pytest.mark.parametrize("options", [{}, {"fisher": "empirical"}, {"damping_share": 1e-3}, {"covariance_share": 0.5}])

@@ -263,6 +263,26 @@ def test_views_and_selection_come_from_the_interactions() -> None:
         assert interactions.damping == "0.5"
 
 
+@pytest.mark.parametrize("build", [softmax_regression, mlp])
+@pytest.mark.parametrize("method", ["F+B", "F+I+B"])
+def test_pairs_of_the_second_order_are_those_of_the_estimate(build: Any, method: Any) -> None:
+    """With the empirical Fisher of the added rows, against dense matrices, for some rows and for a rule's picks."""
+    model = build()
+    influence = GroupInfluence(model, Exact(damping=DAMPING, seed=3), group_curvature="empirical", progress=False)
+    influence.fit(TRAIN, TARGETS)
+    own = torch.stack([torch.outer(row, row) for row in gradients(model, TRAIN)])
+    hessian = oracles.fisher(gradients(model, TRAIN, 3)) + DAMPING * torch.eye(len(own[0]), dtype=torch.float64)
+    target = target_matrix(model, "empirical")
+    pairs = influence.interactions(method=method)
+    for change in CHANGES:
+        found = pairs.estimates(GROUPS, change)  # type: ignore[arg-type]
+        assert_close(found, expected(model, target, hessian, own, change, method))
+        part = influence.interactions([9, 3, 1, 4], method).estimate([3, 1], change)  # type: ignore[arg-type]
+        assert part == pytest.approx(float(found[1]))
+    picked = pairs.select(InteractionGreedy(), 4)
+    assert picked.objective == pytest.approx(influence.estimate(picked.ids, method, "addition"), abs=1e-12)
+
+
 def test_language_models() -> None:
     """Sequences of unequal length with masked labels; sampled and empirical Fishers, factored gradients."""
     model, train, targets = ready(Tokens()), texts(10), texts(3, seed=5)

@@ -6,7 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_influence.estimators.newton_step import IndefiniteError, curvature_term, newton_shift
+from lightning_influence.estimators.newton_step import (
+    IndefiniteError,
+    curvature_term,
+    curvature_vectors,
+    newton_shift,
+)
 from tests.curvature.models import normal
 
 
@@ -32,6 +37,17 @@ def test_the_second_order_is_the_products_written_out() -> None:
     gradient = normal(4, seed=9)
     found = curvature_term(gradient, 0.3 * inverse @ total, rows, rows @ inverse, 0.3)
     torch.testing.assert_close(found, 0.3**2 * gradient @ inverse @ rows.T @ rows @ inverse @ total)
+
+
+def test_vectors_of_single_examples_add_up_to_the_second_order() -> None:
+    total, rows, hessian = pieces(6, 4)
+    inverse, gradient = torch.linalg.inv(hessian), normal(4, seed=9)
+    first = 0.3 * inverse @ total
+    each = rows.reshape(3, 2, 4)
+    found = curvature_vectors(gradient, each, each @ inverse, 0.3)
+    assert curvature_vectors(gradient, each.float(), each.float(), 0.3).dtype == torch.float64
+    torch.testing.assert_close(found.sum(0) @ first, curvature_term(gradient, first, rows, rows @ inverse, 0.3))
+    torch.testing.assert_close(found[1], 0.3 * each[1].T @ each[1] @ inverse @ gradient)
 
 
 def test_nobody_in_the_group() -> None:
