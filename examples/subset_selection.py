@@ -1,13 +1,13 @@
 """Which part of a pool is worth training on? Held-out loss and class entropy over sizes of the selection.
 
-    python examples/subset_selection.py [--set digits] [--data DIR] [--noise 0.2 0] [--seeds 3] [--quick]
+    python examples/subset_selection.py [--set digits] [--data DIR] [--noise 0.2 0] [--seeds 3] [--jobs 4] [--quick]
 
 A small network is trained on the pool for a few steps; from its gradients a part of the pool is selected by each
 method; fresh networks are trained on each part, all for the same number of steps, and measured on examples that
 nothing has seen. A seed draws pool, targets and held-out examples anew; a loss is the mean of several networks, for
 random parts of as many draws. Sets: scikit-learn's digits, or mnist and fashion_mnist from folders of that name with
-the four files of the original format in DIR (default: the environment variable LI_DATA). The last line is
-machine-readable.
+the four files of the original format in DIR (default: the environment variable LI_DATA). With --jobs, seeds and
+shares of wrong labels are shared out over processes; the results are the same. The last line is machine-readable.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import multiprocessing
 import os
 import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +45,7 @@ from lightning_influence import (
 )
 from lightning_influence.metrics import class_entropy
 from lightning_influence.metrics.intervals import student_interval
-from lightning_influence.selection import NewtonPool
+from lightning_influence.selection import NewtonPool, Selection
 from lightning_influence.selection.pipeline import choose
 
 METHODS = ("random", "additive", "interactions", "basu", "newton")  # basu: first order and his second order, F+B
@@ -157,40 +160,85 @@ def train(data: TensorDataset, rows: Sequence[int], steps: int, seed: int, settl
 Rows = Sequence[int]
 
 
-def selections(
-    model: nn.Module, parts: Parts, sizes: Sequence[int], seed: int, options: argparse.Namespace
-) -> Iterator[tuple[str, list[Rows]]]:
-    """What each method takes, at every size, for each network."""
-    influence = InfluenceFunction(model, EKFAC(seed=seed), normalise=True, progress=False).fit(parts.pool)
-    n = len(parts.pool)
-    newton = NewtonPool.scored(
-        influence, parts.targets, parts.pool, landmarks=n if options.landmarks is None else options.landmarks
-    )
-    interactions = Interactions.from_scores(influence.score(parts.targets, parts.pool))
-    goals = TargetRows(newton.targets)
-    effects = GroupEffects.from_gradients(
-        newton.features, newton.targets.mean(0), goals, curvature_rows=newton.features
-    )
-    second = effects.interactions("F+B")
-    greedy = InteractionGreedy()
-    for size in sizes:
-        draws = [Random(1000 * network + seed) for network in range(options.networks)]
-        yield "random", [choose(interactions, rule, size).positions for rule in draws]
-        trio = (("additive", interactions, TopK()), ("interactions", interactions, greedy), ("basu", second, greedy))
-        for method, pairs, rule in trio:
-            yield method, [choose(pairs, rule, size).positions] * options.networks
-        yield "newton", [newton.select(size).positions] * options.networks
+class Chooser:
+    """What the methods take of the pool of one split, for each network; computed for those that ask."""
+
+    def __init__(self, model: nn.Module, parts: Parts, seed: int, options: argparse.Namespace) -> None:
+        self.parts, self.seed, self.options = parts, seed, options
+        self.model = model
+
+    @cached_property
+    def influence(self) -> InfluenceFunction:
+        return InfluenceFunction(self.model, EKFAC(seed=self.seed), normalise=True, progress=False).fit(self.parts.pool)
+
+    @cached_property
+    def newton(self) -> NewtonPool:
+        landmarks = len(self.parts.pool) if self.options.landmarks is None else self.options.landmarks
+        return NewtonPool.scored(self.influence, self.parts.targets, self.parts.pool, landmarks=landmarks)
+
+    @cached_property
+    def interactions(self) -> Interactions:
+        return Interactions.from_scores(self.influence.score(self.parts.targets, self.parts.pool))
+
+    @cached_property
+    def second_order(self) -> Interactions:
+        """Of the same inner products that newton has."""
+        features, goals = self.newton.features, self.newton.targets
+        effects = GroupEffects.from_gradients(features, goals.mean(0), TargetRows(goals), curvature_rows=features)
+        return effects.interactions("F+B")
+
+    def rows(self, method: str, size: int) -> list[Rows]:
+        if method == "random":
+            draws = [Random(1000 * network + self.seed) for network in range(self.options.networks)]
+            return [choose(self.interactions, rule, size).positions for rule in draws]
+        return [self.selection(method, size).positions] * self.options.networks
+
+    def selection(self, method: str, size: int) -> Selection:
+        if method == "newton":
+            return self.newton.select(size)
+        if method == "additive":
+            return choose(self.interactions, TopK(), size)
+        return choose(self.second_order if method == "basu" else self.interactions, InteractionGreedy(), size)
 
 
-def trial(
-    parts: Parts, setting: Setting, sizes: Sequence[int], noise: float, seed: int, options: argparse.Namespace
-) -> Iterator[Result]:
+def trial(parts: Parts, setting: Setting, noise: float, seed: int, options: argparse.Namespace) -> Iterator[Result]:
     """All networks of one split."""
     whole = range(setting.pool)
     warm = train(parts.pool, whole, setting.warm_up, 1000 + seed, settle=False)
-    for method, rows in selections(warm, parts, sizes, seed, options):
-        yield measured(parts, setting, method, rows, noise, seed)
+    chooser = Chooser(warm, parts, seed, options)
+    for size in setting.sizes:
+        for method in options.methods:
+            yield measured(parts, setting, method, chooser.rows(method, size), noise, seed)
     yield measured(parts, setting, "whole pool", [whole] * options.networks, noise, seed)
+
+
+def split(setting: Setting, noise: float, seed: int, options: argparse.Namespace) -> list[Result]:
+    """One of the jobs, in a process of its own or not."""
+    torch.set_num_threads(1)  # such small matrices are faster so, and sums are the same with any number of jobs
+    parts = Parts.draw(*load(options.set, options.data), setting, noise, seed)
+    return list(trial(parts, setting, noise, seed, options))
+
+
+def splits(setting: Setting, options: argparse.Namespace) -> list[Result]:
+    """Every share of wrong labels with every seed, in this order, whichever is done first."""
+    started = time.perf_counter()
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    asked = [(noise, seed) for noise in options.noise for seed in seeds]
+    found: dict[tuple[float, int], list[Result]] = {}
+
+    def done(noise: float, seed: int, results: list[Result]) -> None:
+        found[noise, seed] = results
+        print(f"{options.set}, noise {noise:g}, seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)
+
+    if options.jobs == 1:
+        for noise, seed in asked:
+            done(noise, seed, split(setting, noise, seed, options))
+    else:
+        with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as processes:
+            running = {processes.submit(split, setting, *pair, options): pair for pair in asked}
+            for future in as_completed(running):
+                done(*running[future], future.result())
+    return [result for pair in asked for result in found[pair]]
 
 
 def measured(parts: Parts, setting: Setting, method: str, chosen: list[Rows], noise: float, seed: int) -> Result:
@@ -238,34 +286,38 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=os.environ.get("LI_DATA"), help="folder of mnist, fashion_mnist")
     parser.add_argument("--noise", type=float, nargs="+", default=[0.2, 0.0], help="shares of wrong labels")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0, help="the others follow it")
     parser.add_argument("--networks", type=int, default=3, help="trained on each selection")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--sizes", type=int, nargs="+", help="of the selections, in rows; default: three for each set")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--landmarks", type=int, help="pool rows that newton knows the others by; default: all")
     parser.add_argument("--quick", action="store_true", help="one seed and network, wrong labels alone, two sizes")
     options = parser.parse_args(arguments)
-    if min(options.seeds, options.networks) < 1 or not all(0 <= noise <= 1 for noise in options.noise):
-        parser.error("expected --seeds and --networks >= 1 and --noise as shares, such as 0.2")
+    if min(options.seeds, options.networks, options.jobs) < 1 or not all(0 <= noise <= 1 for noise in options.noise):
+        parser.error("expected --seeds, --networks and --jobs >= 1 and --noise as shares, such as 0.2")
+    if options.first_seed < 0:
+        parser.error(f"expected --first-seed >= 0, got {options.first_seed}")
+    pool = SETTINGS[options.set].pool
+    if any(size % BATCH or not 0 < size <= pool for size in options.sizes or ()):
+        parser.error(f"expected --sizes as multiples of {BATCH}, the batch, up to {pool} rows")
     if options.quick:
         options.seeds, options.networks, options.noise = 1, 1, options.noise[:1]
+    for name in ("methods", "sizes", "noise"):  # each once
+        setattr(options, name, list(dict.fromkeys(getattr(options, name) or ())))
     options.data = None if options.data is None else Path(options.data)
     return options
 
 
 def main(arguments: Sequence[str]) -> None:
-    options, started = parse(arguments), time.perf_counter()
-    torch.set_num_threads(1)  # such small matrices are faster so
+    options = parse(arguments)
     setting = SETTINGS[options.set]
-    sizes = setting.sizes[:2] if options.quick else setting.sizes
-    images, labels = load(options.set, options.data)
-    results = []
-    for noise in options.noise:
-        for seed in range(options.seeds):
-            parts = Parts.draw(images, labels, setting, noise, seed)
-            results += trial(parts, setting, sizes, noise, seed, options)
-            print(f"{options.set}, noise {noise:g}, seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)
+    sizes = options.sizes or (setting.sizes[:2] if options.quick else setting.sizes)
+    results = splits(replace(setting, sizes=tuple(sizes)), options)
     lines = table(results)
     show(lines)
-    told = {"set": options.set, "seeds": options.seeds, "networks": options.networks, "landmarks": options.landmarks}
-    print("RESULT", json.dumps({**told, "lines": lines}))
+    names = ("set", "first_seed", "seeds", "networks", "landmarks")
+    print("RESULT", json.dumps({**{name: getattr(options, name) for name in names}, "lines": lines}))
 
 
 def show(lines: Sequence[dict[str, Any]]) -> None:

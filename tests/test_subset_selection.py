@@ -40,6 +40,28 @@ def test_every_method_at_every_size(
     assert found[25, "newton"]["wrong"] < found[25, "random"]["wrong"]
 
 
+def test_jobs_seeds_sizes_and_methods(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two processes find what one does, to the last digit; a seed has its own result whichever comes first."""
+    monkeypatch.setitem(subset_selection.SETTINGS, "digits", SMALL)
+    asked = ["--networks", "1", "--methods", "random", "basu", "random", "--sizes", "75", "--noise", "0"]
+    printed = []
+    for options in (["--seeds", "2"], ["--seeds", "2", "--jobs", "2"]):
+        subset_selection.main([*asked, "--first-seed", "3", *options])
+        printed.append(capsys.readouterr().out)
+    assert lines(printed[0]) == lines(printed[1])
+    assert set(lines(printed[0])) == {(75, "random"), (75, "basu"), (200, "whole pool")}
+    for text in printed:
+        assert sorted(line.split(":")[0] for line in text.splitlines()[:2]) == [
+            f"digits, noise 0, seed {seed}" for seed in (3, 4)
+        ]
+    single = []
+    for seed in ("3", "4"):
+        subset_selection.main([*asked, "--first-seed", seed, "--seeds", "1"])
+        single.append(lines(capsys.readouterr().out))
+    for key, line in lines(printed[0]).items():
+        assert line["loss"] == pytest.approx(sum(one[key]["loss"] for one in single) / 2, abs=1e-4)
+
+
 def result(loss: float, seed: int, method: str, rows: int) -> Result:
     return Result(0.2, seed, method, rows, loss, 2.0, 0.1)
 
@@ -82,5 +104,20 @@ def test_without_the_files() -> None:
         SystemExit, match="--set mnist: expected --data DIR or LI_DATA, a folder that holds mnist/train"
     ):
         subset_selection.load("mnist", None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--noise", "2"], "--noise as shares, such as 0.2"),
+        (["--jobs", "0"], "--jobs >= 1"),
+        (["--first-seed", "-1"], "--first-seed >= 0, got -1"),
+        (["--sizes", "60"], "--sizes as multiples of 25, the batch, up to 1000 rows"),
+        (["--sizes", "1025"], "--sizes as multiples of 25, the batch, up to 1000 rows"),
+        (["--methods", "best"], "invalid choice: 'best'"),
+    ],
+)
+def test_options_that_are_refused(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        subset_selection.parse(["--noise", "2"])
+        subset_selection.parse(options)
+    assert message in " ".join(capsys.readouterr().err.split())
