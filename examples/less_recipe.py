@@ -16,6 +16,8 @@ semantic analysis, offline), TRAK and TracIn. The last line is machine-readable.
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import json
 import os
 import sys
@@ -82,6 +84,8 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
         dtype=options.dtype,
         warm_up_seed=options.warm_up_seed,
         landmarks=options.landmarks,
+        device=options.device,
+        scored_rows=options.scored_rows,
     )
 
 
@@ -96,10 +100,11 @@ def texts_for(recipe: Recipe, folder: Path | None) -> Texts:
 def prepared(recipe: Recipe, options: argparse.Namespace) -> Training:
     """The rows and the model."""
     texts = texts_for(recipe, options.data)
-    base, tokenizer = language_model(recipe, options, texts)
+    load, tokenizer = language_model(recipe, options, texts)
+    loaded = functools.cache(load)  # a copy takes less time than the files
     sizes = recipe.pool_rows, recipe.query_rows, recipe.held_out_rows, recipe.max_tokens
     data = recipe_data(texts, tokenizer, *sizes)
-    return Training(recipe, data, base, options.out)
+    return Training(recipe, data, lambda: copy.deepcopy(loaded()), options.out)
 
 
 def language_model(
@@ -214,6 +219,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--landmarks", type=int, default=256, help="rows of the pool that newton knows the others by, beside queries")
     add("--model", type=Path, help="folder of a causal language model and its tokenizer, in place of SmolLM2")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the frozen weights")
+    add("--device", default="cpu", help="where models are trained and rows are scored, such as cuda")
+    add("--scored-rows", type=int, default=8, help="of a batch that is scored; a GPU wants more")
     add("--tables", nargs="*", choices=tuple(TABLES), default=[], metavar="TABLE", help="scores to take before tuning")
     add("--methods", nargs="*", choices=METHODS, default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
     add("--only", nargs="+", metavar="TARGET", help="fine-tune for these of the targets alone")
@@ -232,7 +239,16 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     known = TOPICS if options.quick else TASKS if options.data is None else TARGETS
     options.targets = list(dict.fromkeys(options.targets or known))
     options.only = options.targets if options.only is None else options.only
-    sizes = ("pool_rows", "query_rows", "held_out_rows", "max_tokens", "epochs", "steps", "learning_rate")
+    sizes = (
+        "pool_rows",
+        "query_rows",
+        "held_out_rows",
+        "max_tokens",
+        "epochs",
+        "steps",
+        "learning_rate",
+        "scored_rows",
+    )
     given = [getattr(options, name) for name in sizes]
     given += [] if options.curvature_rows is None else [options.curvature_rows]
     if min(given) <= 0 or min(*options.seeds, options.warm_up_seed or 0) < 0:
@@ -250,6 +266,8 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error(f"expected --targets {which}, got {', '.join(unknown)}")
     if not set(options.only) <= set(options.targets):
         parser.error(f"expected --only some of the targets {', '.join(options.targets)}")
+    if options.device != "cpu" and not torch.get_device_module(options.device).is_available():
+        parser.error(f"expected --device to be one that this machine has, such as cpu; got {options.device}")
     if options.data is not None and not options.data.is_dir():
         parser.error(f"expected --data to be a folder, {options.data} is none")
 

@@ -20,7 +20,7 @@ from less_recipe_training import Recipe, Training
 from pair_sets import texts
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from lightning_influence import (
     EKFAC,
@@ -55,7 +55,6 @@ from lightning_influence.callbacks import Recorder
 from lightning_influence.selection.pipeline import choose
 
 LORA = "lora"
-SCORED = 8  # rows of a batch that is scored
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,11 @@ class Pool:
 
     def parts(self) -> tuple[object, object]:
         """Loaders of queries and pool."""
-        return self.data.loader(self.data.queries, SCORED), self.data.loader(self.data.pool, SCORED)
+        return self.scored(self.data.queries), self.scored(self.data.pool)
+
+    def scored(self, rows: Any) -> DataLoader[Any]:
+        """Batches for scoring."""
+        return self.data.loader(rows, self.recipe.scored_rows)
 
 
 # -- scores [q, n]
@@ -140,9 +143,9 @@ def _influence(pool: Pool) -> dict[str, Tensor]:
     part, places = sorted(drawn[: pool.recipe.curvature_rows]), sorted(drawn[: pool.recipe.landmarks])
     estimator = InfluenceFunction(
         pool.training.warm(pool.seed), EKFAC(seed=pool.seed), components=LORA, normalise=True, progress=False
-    ).fit(pool.data.loader(Subset(pool.data.pool, part), SCORED))
+    ).fit(pool.scored(Subset(pool.data.pool, part)))
     asked: Any = ConcatDataset([pool.data.queries, Subset(pool.data.pool, places)])
-    scores, squares = (found.total() for found in estimator.score_with_self(pool.data.loader(asked, SCORED), rows))
+    scores, squares = (found.total() for found in estimator.score_with_self(pool.scored(asked), rows))
     own = estimator.score(queries, queries).total()
     q = len(own)
     return {

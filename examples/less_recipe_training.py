@@ -48,6 +48,8 @@ class Recipe:
         dtype: Of the model's frozen weights.
         warm_up_seed: Of the warm-up that all seeds select by; None for each seed's own.
         landmarks: Rows of the pool that are scored like queries, so that rows are told apart by more than those.
+        device: Where models are trained and rows are scored.
+        scored_rows: Of a batch that is scored; only rounding depends on it.
     """
 
     data: str
@@ -68,6 +70,8 @@ class Recipe:
     dtype: str = "float32"
     warm_up_seed: int | None = None
     landmarks: int = 0
+    device: str = "cpu"
+    scored_rows: int = 8
 
 
 @dataclass(frozen=True)
@@ -90,13 +94,13 @@ class Training:
         """The original model with fresh LoRA weights, the same for a seed."""
         gc.collect()  # a Trainer and its model refer to each other, and a model takes half a gigabyte
         seed_everything(seed, verbose=False)
-        return LoraChat(self.base(), self.recipe.learning_rate, steps).eval()
+        return self._placed(LoraChat(self.base(), self.recipe.learning_rate, steps))
 
     def fine_tuned(self, rows: Sequence[int], seed: int) -> LoraChat:
         """The original model after the steps of the recipe on some rows of the pool."""
         model = self.original(seed, self.recipe.steps)
-        _trainer(self.recipe.steps).fit(model.train(), self._loader(rows, seed))
-        return model.eval()
+        self._trainer(self.recipe.steps).fit(model.train(), self._loader(rows, seed))
+        return self._placed(model)
 
     def warm(self, seed: int) -> LoraChat:
         """The model at the end of the warm-up, from the file of its LoRA weights."""
@@ -131,8 +135,8 @@ class Training:
         rows = torch.randperm(len(self.data.pool), generator=generator)[: self.recipe.warm_up_rows].tolist()
         steps = self.recipe.epochs * -(-len(rows) // BATCH)
         model = self.original(seed, steps)
-        _trainer(steps, callbacks).fit(model.train(), self._loader(rows, seed), ckpt_path=checkpoint)
-        return model.eval()
+        self._trainer(steps, callbacks).fit(model.train(), self._loader(rows, seed), ckpt_path=checkpoint)
+        return self._placed(model)
 
     def _loader(self, rows: Sequence[int], seed: int) -> DataLoader[Any]:
         """In an order that depends on seed and epoch alone, so that a warm-up can go on and be run again."""
@@ -146,21 +150,26 @@ class Training:
         found = {}
         for target in targets:
             batches = self.data.loader(self.data.held_out[target])
-            sums = [torch.stack(model.answer_losses(batch)).double().sum(dim=1) for batch in batches]
+            placed = ({name: part.to(model.device) for name, part in batch.items()} for batch in batches)
+            sums = [torch.stack(model.answer_losses(batch)).cpu().double().sum(dim=1) for batch in placed]
             loss, tokens = torch.stack(sums).sum(dim=0).tolist()
             found[target] = loss / tokens
         return found
 
+    def _placed(self, model: LoraChat) -> LoraChat:
+        """For measuring, on the device: a Trainer that ends takes a model to the CPU."""
+        return model.to(self.recipe.device).eval()
 
-def _trainer(steps: int, callbacks: Sequence[Callback] = ()) -> Trainer:
-    return Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        devices=1,
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
+    def _trainer(self, steps: int, callbacks: Sequence[Callback] = ()) -> Trainer:
+        kind = torch.device(self.recipe.device).type
+        return Trainer(
+            max_steps=steps,
+            accelerator="gpu" if kind == "cuda" else kind,
+            devices=1,
+            callbacks=list(callbacks),
+            logger=False,
+            enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )

@@ -188,6 +188,14 @@ class Curvature(ABC):
         self.components = tuple(components)
         self.fitted, self._weights = True, {}
 
+    def to(self, device: torch.device | str) -> Self:
+        """Move what was fitted, in place as `nn.Module.to` does; estimators take it to their model by themselves."""
+        goal, state, weights = torch.empty(0, device=device).device, self.state() if self.fitted else {}, self._weights
+        if any(tensor.device != goal for tensor in state.values()):
+            self.load_state(self.components, {name: tensor.to(goal) for name, tensor in state.items()})
+            self._weights = weights
+        return self
+
     def fit(
         self,
         model: nn.Module,

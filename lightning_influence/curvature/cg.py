@@ -89,9 +89,12 @@ class CG(IterativeCurvature):
 
     def _take(self, product: CurvatureProduct, progress: bool) -> None:
         super()._take(product, progress)
-        if self.preconditioner is not None and self._fits_preconditioner:
+        if self.preconditioner is None:
+            return
+        if self._fits_preconditioner:
             components = list(self.components)
             self.preconditioner.fit(product.model, product.loader, product.loss, components, progress=progress)
+        self.preconditioner.to(next(product.model.parameters()).device)
 
     def _apply(self, components: Sequence[Component], vectors: Tensor) -> Tensor:
         product, damping = self._block(components), self._damping

@@ -226,6 +226,10 @@ class IterativeCurvature(Curvature):
         """
         raise StoreError(self._no_state())
 
+    def to(self, device: torch.device | str) -> Self:
+        """Nothing to move: products are made with the model, wherever that is."""
+        return self
+
     @abstractmethod
     def _apply(self, components: Sequence[Component], vectors: Tensor) -> Tensor:
         """Solve for the block of some components: [q, P] -> [q, P], the components' gradients one after another."""

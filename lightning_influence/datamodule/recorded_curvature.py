@@ -26,4 +26,4 @@ def recorded_curvature(store: str | os.PathLike[str], model: nn.Module, select: 
     """
     found = Store.open(Path(store))
     found.verify(model, None if select is None else find_components(model, select))
-    return found.read_curvature("curvature")
+    return found.read_curvature("curvature", device=str(next(model.parameters()).device))

@@ -277,6 +277,7 @@ class GroupInfluence:
                     f"`{_CALL}(target_curvature={kind!r})`: was fitted on other components. Expected those of the "
                     "curvature, or an unfitted one."
                 )
+            kind.to(next(model.parameters()).device)
             return TargetProduct(lambda rows: coordinates.multiply(kind, rows), repr(kind))
         if kind in PRODUCTS:
             product = PRODUCTS[kind](model, self.components, targets, loss)

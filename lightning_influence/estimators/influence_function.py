@@ -57,6 +57,7 @@ class InfluenceFunction(Estimator):
                 f"components, and only one of the two sides has {sorted(odd)[:8]}. Leave components out to take the "
                 "curvature's own; Scores.total(names) sums over some of them."
             )
+        self.curvature.to(next(model.parameters()).device)
 
     @classmethod
     def from_store(

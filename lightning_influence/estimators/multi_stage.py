@@ -97,6 +97,8 @@ class MultiStageInfluence(Estimator):
                 "model; the second fit would replace the first."
             )
         _check_merged(pretrained, finetuned)
+        for model, curvature in ((pretrained, self.curvature), (finetuned, self.finetuned_curvature)):
+            curvature.to(next(model.parameters()).device)
         self.finetuned = finetuned
         self.shared = self._find(pretrained, finetuned, components, match)
         super().__init__(pretrained, loss, [one for one, _ in self.shared], **options)
