@@ -69,14 +69,15 @@ def data(n: int, seed: int) -> TensorDataset:
     return TensorDataset(torch.randn(n, 64, generator=generator), torch.randint(0, 10, (n,), generator=generator))
 
 
-def train(steps: int, width: int, recording: bool) -> tuple[float, list[Tensor]]:
+def train(steps: int, width: int, recording: bool, accelerator: str) -> tuple[float, list[Tensor]]:
     """Median seconds of a step, and everything that must not differ."""
     L.seed_everything(0, verbose=False)
     model, timer = Model(width), StepTimer()
     recorders = [CurvatureRecorder(EKFAC()), GradientDotRecorder(data(16, 2), when="fit_end")] if recording else []
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(
-            accelerator="cpu",
+            accelerator=accelerator,
+            devices=1,
             max_steps=steps,
             callbacks=[*recorders, timer],
             logger=False,
@@ -89,7 +90,8 @@ def train(steps: int, width: int, recording: bool) -> tuple[float, list[Tensor]]
     for values in trainer.optimizers[0].state.values():
         state += [value for value in values.values() if isinstance(value, Tensor)]
     state += [value.detach() for value in trainer.callback_metrics.values()]
-    return statistics.median(timer.seconds), [*state, torch.get_rng_state()]
+    state += [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if accelerator == "gpu" else [])]
+    return statistics.median(timer.seconds), state
 
 
 def main() -> None:
@@ -98,17 +100,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
     args = parser.parse_args()
     if args.quick:
         args.steps, args.repeats = 60, 3
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    train(20, args.width, recording=True)  # warm-up
+    train(20, args.width, True, args.accelerator)  # warm-up
     seconds: dict[bool, list[float]] = {False: [], True: []}
     states: dict[bool, list[Tensor]] = {}
     for round_ in range(args.repeats):
         for recording in (False, True) if round_ % 2 == 0 else (True, False):
-            median, states[recording] = train(args.steps, args.width, recording)
+            median, states[recording] = train(args.steps, args.width, recording, args.accelerator)
             seconds[recording].append(median)
     plain, with_callbacks = statistics.median(seconds[False]), statistics.median(seconds[True])
     same = len(states[False]) == len(states[True]) and all(

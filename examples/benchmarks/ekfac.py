@@ -9,7 +9,8 @@ neox: GPT-NeoX, 4 layers x 256, vocabulary 8000, 500 sequences of 128 random tok
 medians are printed, and both over a bare forward and backward pass of the same sequences with weight gradients. With
 one thread the seconds are those of the processor, which others that use the machine do not add to. The scores are
 compared where no chance is in them, with the empirical Fisher on both sides, on the first --compared sequences.
-Peak memory is what a process that runs only one of them adds to what it held after its imports (Linux only).
+Peak memory is what a process that runs only one of them adds to what it held after its imports (Linux only); with
+--device cuda that of the GPU.
 `--rank 32` also times the scoring with queries of that rank on both sides.
 
 Our fit is timed twice, with the same result: "fit" keeps the layers' inputs and gradients of the first pass in
@@ -89,7 +90,7 @@ def build(args: argparse.Namespace) -> tuple[nn.Module, Sequences, Sequences]:
             f"expected a --text of {args.sequences + args.queries} sequences of {args.length} tokens, it has "
             f"{len(tokens)}. Lower --sequences."
         )
-    return model, Sequences(tokens[args.queries :]), Sequences(tokens[: args.queries])
+    return model.to(args.device), Sequences(tokens[args.queries :]), Sequences(tokens[: args.queries])
 
 
 def drawn(args: argparse.Namespace, vocabulary: int) -> list[int]:
@@ -121,16 +122,19 @@ def smollm2(args: argparse.Namespace) -> tuple[nn.Module, list[int]]:
 
 
 def timed(work: Callable[[], object]) -> tuple[float, Any]:
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    on_gpu = torch.cuda.is_initialized()
+    clock = time.process_time if torch.get_num_threads() == 1 and not on_gpu else time.perf_counter
     start = clock()
     result = work()
+    if on_gpu:
+        torch.cuda.synchronize()
     return clock() - start, result
 
 
 def bare(model: nn.Module, data: Sequences, queries: Sequences, args: argparse.Namespace) -> None:
     """The floor: forward and backward with weight gradients."""
     for k in range(0, len(data), args.batch):
-        tokens = data.tokens[k : k + args.batch]
+        tokens = data.tokens[k : k + args.batch].to(args.device)
         model(input_ids=tokens, labels=tokens).loss.backward()
         model.zero_grad(set_to_none=True)
 
@@ -160,7 +164,7 @@ def ours(
     seconds["score"], scores = timed(lambda: influence.score(queries, data))
     if args.rank is not None:
         seconds["low_rank"] = timed(lambda: influence.score(queries, data, rank=args.rank))[0]
-    return Found(scores.total(), seconds)
+    return Found(scores.total().cpu(), seconds)
 
 
 class LanguageModeling(Task):
@@ -196,7 +200,7 @@ def rival(
     linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
     task = LanguageModeling([name for name in linear if any(part in name for part in TRACKED[args.model])])
     wrapped = prepare_model(copy.deepcopy(model), task)
-    quiet: dict[str, Any] = {"cpu": True, "disable_tqdm": True, "log_level": logging.ERROR}
+    quiet: dict[str, Any] = {"cpu": args.device == "cpu", "disable_tqdm": True, "log_level": logging.ERROR}
     factors = FactorArguments(use_empirical_fisher=fisher == "empirical")
     with tempfile.TemporaryDirectory() as folder:
         analyzer = Analyzer("bench", wrapped, task, output_dir=folder, **quiet)
@@ -211,7 +215,7 @@ def rival(
         seconds["score"] = timed(lambda: score("s", None))[0]
         if args.rank is not None:
             seconds["low_rank"] = timed(lambda: score("low", args.rank))[0]
-        return Found(analyzer.load_pairwise_scores("s")["all_modules"], seconds)
+        return Found(analyzer.load_pairwise_scores("s")["all_modules"].cpu(), seconds)
 
 
 def agreement(model: nn.Module, data: Sequences, queries: Sequences, args: argparse.Namespace) -> dict[str, float]:
@@ -224,8 +228,9 @@ def agreement(model: nn.Module, data: Sequences, queries: Sequences, args: argpa
 
 
 def peak_memory(which: str, args: argparse.Namespace) -> float:
-    """What the work adds to the resident set of a process that only runs one of them, in MiB."""
+    """What the work adds to a process that only runs one of them, in MiB."""
     names = (
+        "device",
         "model",
         "sequences",
         "queries",
@@ -254,6 +259,11 @@ def resident(field: str) -> float:
 
 def added_memory(work: Callable[[], object]) -> float:
     """Peak over ``work`` above what was held before: the importing of libraries peaks higher than the work does."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        work()
+        return (torch.cuda.max_memory_allocated() - held) / 2**20
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = resident("VmRSS")
     work()
@@ -279,6 +289,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4, help="of neox")
     parser.add_argument("--vocabulary", type=int, default=8000, help="of neox")
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", choices=sorted(WORKS), help="run one, print its peak memory")
     args = parser.parse_args(arguments)
     small = args.model == "neox"
