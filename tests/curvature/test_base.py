@@ -162,24 +162,6 @@ def test_large_damping_only_scales(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", FITTED)
-def test_moves_with_all_that_was_fitted(name: str) -> None:
-    curvature = fitted(name)
-    before = {key: value.clone() for key, value in curvature.state().items()}
-    assert curvature.to("cpu").state().keys() == before.keys()
-    if name == "Arnoldi":
-        return  # says its mean eigenvalue in a number
-    changed = ready(Mixed())
-    with torch.no_grad():
-        next(changed.parameters()).add_(1)
-    moved = curvature.to("meta")
-    assert {key: tuple(value.shape) for key, value in moved.state().items() if value.is_meta} == {
-        key: tuple(value.shape) for key, value in before.items()
-    }
-    assert moved.changed(changed)
-    assert not moved.changed(ready(Mixed()))
-
-
 @pytest.mark.parametrize("name", MEMBERS)
 def test_settings_and_state_are_everything(name: str) -> None:
     curvature = fitted(name)
