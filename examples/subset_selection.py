@@ -39,9 +39,13 @@ from lightning_influence import (
     InfluenceFunction,
     InteractionGreedy,
     Interactions,
+    NewtonGreedy,
     Random,
     TargetRows,
     TopK,
+    held_out_pool,
+    held_out_ridge,
+    held_out_weight,
 )
 from lightning_influence.metrics import class_entropy
 from lightning_influence.metrics.intervals import student_interval
@@ -49,6 +53,10 @@ from lightning_influence.selection import NewtonPool, Selection
 from lightning_influence.selection.pipeline import choose
 
 METHODS = ("random", "additive", "interactions", "basu", "newton")  # basu: first order and his second order, F+B
+# What is found by other rules than the defaults: raw gradients; ridge, weight, and raw or unit gradients by held-out
+# targets.
+MORE = ("newton-raw", "newton-held-out", "interactions-held-out", "normalise-held-out")
+FOLDS, RIDGES = 3, (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 BATCH = 25  # divides every size
 RATE = 0.1
 CLASSES = 10
@@ -169,12 +177,15 @@ class Chooser:
 
     @cached_property
     def influence(self) -> InfluenceFunction:
-        return InfluenceFunction(self.model, EKFAC(seed=self.seed), normalise=True, progress=False).fit(self.parts.pool)
+        return self.fitted(normalise=True)
 
     @cached_property
     def newton(self) -> NewtonPool:
-        landmarks = len(self.parts.pool) if self.options.landmarks is None else self.options.landmarks
-        return NewtonPool.scored(self.influence, self.parts.targets, self.parts.pool, landmarks=landmarks)
+        return self.scored(self.influence)
+
+    @cached_property
+    def raw(self) -> NewtonPool:
+        return self.scored(self.fitted(normalise=False))
 
     @cached_property
     def interactions(self) -> Interactions:
@@ -187,6 +198,14 @@ class Chooser:
         effects = GroupEffects.from_gradients(features, goals.mean(0), TargetRows(goals), curvature_rows=features)
         return effects.interactions("F+B")
 
+    def fitted(self, normalise: bool) -> InfluenceFunction:
+        influence = InfluenceFunction(self.model, EKFAC(seed=self.seed), normalise=normalise, progress=False)
+        return influence.fit(self.parts.pool)
+
+    def scored(self, influence: InfluenceFunction) -> NewtonPool:
+        landmarks = len(self.parts.pool) if self.options.landmarks is None else self.options.landmarks
+        return NewtonPool.scored(influence, self.parts.targets, self.parts.pool, landmarks=landmarks)
+
     def rows(self, method: str, size: int) -> list[Rows]:
         if method == "random":
             draws = [Random(1000 * network + self.seed) for network in range(self.options.networks)]
@@ -196,9 +215,24 @@ class Chooser:
     def selection(self, method: str, size: int) -> Selection:
         if method == "newton":
             return self.newton.select(size)
+        if method in MORE:
+            return self.otherwise(method, size)
         if method == "additive":
             return choose(self.interactions, TopK(), size)
         return choose(self.second_order if method == "basu" else self.interactions, InteractionGreedy(), size)
+
+    def otherwise(self, method: str, size: int) -> Selection:
+        """What the defaults decide otherwise."""
+        if method == "newton-held-out":
+            choice = held_out_ridge(self.newton, size, ridges=RIDGES, folds=FOLDS)
+            return self.newton.select(size, NewtonGreedy(choice.best))
+        if method == "interactions-held-out":
+            scores = self.newton.targets @ self.newton.features.T
+            weight = held_out_weight(scores, size, folds=FOLDS).best
+            return self.interactions.reweighted(weight).select(InteractionGreedy(), size)
+        pools = {"raw": self.raw, "unit": self.newton}
+        chosen = "raw" if method == "newton-raw" else held_out_pool(pools, size, folds=FOLDS).best
+        return pools[chosen].select(size)
 
 
 def trial(parts: Parts, setting: Setting, noise: float, seed: int, options: argparse.Namespace) -> Iterator[Result]:
@@ -288,7 +322,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0, help="the others follow it")
     parser.add_argument("--networks", type=int, default=3, help="trained on each selection")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", choices=METHODS + MORE, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--sizes", type=int, nargs="+", help="of the selections, in rows; default: three for each set")
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--landmarks", type=int, help="pool rows that newton knows the others by; default: all")

@@ -62,6 +62,17 @@ def test_jobs_seeds_sizes_and_methods(monkeypatch: pytest.MonkeyPatch, capsys: p
         assert line["loss"] == pytest.approx(sum(one[key]["loss"] for one in single) / 2, abs=1e-4)
 
 
+def test_other_ways_than_the_defaults(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(subset_selection.SETTINGS, "digits", SMALL)
+    monkeypatch.setattr(subset_selection, "RIDGES", (0.03, 0.3))
+    subset_selection.main(["--quick", "--sizes", "25", "--methods", "newton", *subset_selection.MORE])
+    found = lines(capsys.readouterr().out)
+    assert set(found) == {(25, "newton"), *((25, method) for method in subset_selection.MORE), (200, "whole pool")}
+    kinds = [found[25, method]["loss"] for method in ("newton-raw", "newton")]
+    assert found[25, "normalise-held-out"]["loss"] in kinds
+    assert "below_random" not in found[25, "newton"]
+
+
 def result(loss: float, seed: int, method: str, rows: int) -> Result:
     return Result(0.2, seed, method, rows, loss, 2.0, 0.1)
 

@@ -19,7 +19,7 @@ from lightning_influence.report.interaction_views import (
     spectrum_plot,
     spectrum_table,
 )
-from lightning_influence.report.selection_plot import saturation_plot, selection_plot
+from lightning_influence.report.selection_plot import held_out_targets_plot, saturation_plot, selection_plot
 
 __all__ = [
     "ComponentImportance",
@@ -31,6 +31,7 @@ __all__ = [
     "csv_text",
     "depth_plot",
     "held_out_curve",
+    "held_out_targets_plot",
     "kind_table",
     "layer_of",
     "markdown",

@@ -1,4 +1,4 @@
-"""Pictures of selections: the target loss over their sizes, and where their predicted gains run out."""
+"""Pictures of selections: the target loss over their sizes, where their predicted gains run out, held-out targets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lightning_influence.evaluation.selection_curves import SelectionCurves
 from lightning_influence.report.component_plots import COLOURS, GREY, MARKERS
-from lightning_influence.selection import Selection, gain_curve
+from lightning_influence.selection import HeldOutChoice, Selection, gain_curve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,6 +71,30 @@ def saturation_plot(selections: Mapping[str, Selection]) -> Figure:
     axes.grid(alpha=0.25)
     if selections:
         axes.legend(frameon=False)
+    return figure
+
+
+def held_out_targets_plot(choice: HeldOutChoice) -> Figure:
+    """What each candidate explains of held-out targets after every pick (`HeldOutChoice`), the best one in bold.
+
+    Args:
+        choice: From `held_out_ridge`, `held_out_weight` or `held_out_pool`.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    figure = _figure("held_out_targets_plot")
+    axes = figure.subplots()
+    for place, (candidate, explained) in enumerate(zip(choice.candidates, choice.explained.tolist(), strict=True)):
+        label = candidate if isinstance(candidate, str) else f"{candidate:.3g}"
+        width = 2.8 if candidate == choice.best else 1.0
+        curve = [0.0, *explained]
+        axes.plot(range(len(curve)), curve, color=COLOURS[place % len(COLOURS)], linewidth=width, label=label)
+    axes.set_ylim(min(0.0, 1.1 * float(choice.explained[:, -1].max())) - 0.05, 1.05)  # overshoots may be of any size
+    axes.set_xlabel("rows picked")
+    axes.set_ylabel("share of the held-out targets' loss that is explained")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
     return figure
 
 

@@ -26,6 +26,7 @@ from lightning_influence.selection.component_pairs import ComponentPairs
 from lightning_influence.selection.component_path import ComponentPath, ComponentSelection
 from lightning_influence.selection.constraints import Constraints
 from lightning_influence.selection.facility_location import FacilityLocation
+from lightning_influence.selection.held_out import HeldOutChoice, held_out_pool, held_out_ridge, held_out_weight
 from lightning_influence.selection.interaction_greedy import InteractionGreedy
 from lightning_influence.selection.newton_greedy import NewtonGreedy
 from lightning_influence.selection.newton_pool import NewtonPool, RidgeChoice
@@ -54,6 +55,7 @@ __all__ = [
     "ComponentSplit",
     "Constraints",
     "FacilityLocation",
+    "HeldOutChoice",
     "InteractionGreedy",
     "NewtonGreedy",
     "NewtonPool",
@@ -74,6 +76,9 @@ __all__ = [
     "cross_validate_components",
     "gain_curve",
     "greedy_components",
+    "held_out_pool",
+    "held_out_ridge",
+    "held_out_weight",
     "refine",
     "resolve_budget",
     "saturating_ridge",

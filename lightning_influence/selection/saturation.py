@@ -55,7 +55,7 @@ def saturating_weight(interactions: Interactions, rule: SelectionRule, budget: i
         gains = interactions.reweighted(weight).select(rule, picks).gains
         return _share(gains) >= saturation
 
-    alone = _alone(interactions, picks)
+    alone = own_optimum(interactions, picks)
     low, high = _bracket(lasts, alone / picks, alone)
     for _ in range(HALVINGS if low < high else 0):
         middle = math.sqrt(low * high)
@@ -138,7 +138,7 @@ def _counted(values: Tensor, budget: int, saturation: float) -> int:
     return budget if _share(-best) >= fading else int((best >= fading * best[0]).sum())
 
 
-def _alone(interactions: Interactions, picks: int) -> float:
+def own_optimum(interactions: Interactions, picks: int) -> float:
     """Weight at which a row is at its optimum alone, b = K there; the median over the rows with the best b."""
     pool = Factors(interactions.values, interactions.features, interactions.metric, tuple(interactions.ids))
     best = pool.values.sort(descending=True, stable=True).indices[:picks]

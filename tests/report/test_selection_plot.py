@@ -9,7 +9,8 @@ from lightning_influence import InteractionGreedy, TopK, gain_curve
 from lightning_influence.evaluation.retraining import Retraining
 from lightning_influence.evaluation.selection_curves import selection_curves
 from lightning_influence.report.component_plots import GREY
-from lightning_influence.report.selection_plot import saturation_plot, selection_plot
+from lightning_influence.report.selection_plot import held_out_targets_plot, saturation_plot, selection_plot
+from lightning_influence.selection import HeldOutChoice
 
 
 def curves(seeds):
@@ -55,3 +56,15 @@ def test_gains_that_run_out(tmp_path):
     assert axes.lines[1].get_ydata().tolist() == pytest.approx([0, 3.5 / 5, 1, 4.5 / 5, 2 / 5])
     figure.savefig(tmp_path / "saturation.png")
     assert not saturation_plot({}).axes[0].lines
+
+
+@pytest.mark.parametrize("candidates", [(0.1, 0.01), ("raw", "unit")])
+def test_what_is_explained_of_held_out_targets(candidates, tmp_path):
+    choice = HeldOutChoice(candidates, torch.tensor([[0.2, 0.3], [0.4, -9.0]], dtype=torch.float64))
+    figure = held_out_targets_plot(choice)
+    [axes] = figure.axes
+    assert [line.get_ydata().tolist() for line in axes.lines] == [[0, 0.2, 0.3], [0, 0.4, -9.0]]
+    assert [line.get_label() for line in axes.lines] == [str(candidate) for candidate in candidates]
+    assert axes.lines[0].get_linewidth() > axes.lines[1].get_linewidth()
+    assert axes.get_ylim()[0] > -1
+    figure.savefig(tmp_path / "held_out.png")

@@ -1,0 +1,246 @@
+"""Ridge, weight or kind of gradient chosen by target examples that the selection has not looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_influence.estimators.interactions import Interactions, ScoreMatrix
+from lightning_influence.selection.base import SelectionRule
+from lightning_influence.selection.budget import resolve_budget
+from lightning_influence.selection.interaction_greedy import InteractionGreedy
+from lightning_influence.selection.newton_greedy import NewtonGreedy
+from lightning_influence.selection.newton_pool import RIDGES, NewtonPool
+from lightning_influence.selection.saturation import own_optimum
+
+STEPS = tuple(10 ** (-k / 4) for k in range(13))  # weights as shares of a row's own optimum, down to a thousandth
+
+Moves: TypeAlias = Callable[[Tensor, Tensor], Iterator[Tensor]]  # places kept and held out -> x [held out, k], each
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOutChoice:
+    """How much of the loss of held-out target examples selections explain, by candidate and by number of picks.
+
+    A step of the parameters moves target t by x_t along its own gradient, and its loss by −x_t + ½ x_t² with the
+    empirical Fisher as curvature. The explained share is the mean of 1 − (1 − x_t)² over target examples that were not
+    among those the rows were selected by: 0 where nothing is done to them, 1 at most, below 0 where they are harmed.
+
+    Attributes:
+        candidates: What was tried: ridges, weights, or names of pools.
+        explained: [number of candidates, k], float64: after each of the k picks. Where a line is flat, rows do nothing;
+            where it falls, they overshoot.
+    """
+
+    candidates: tuple[Any, ...]
+    explained: Tensor
+
+    @property
+    def best(self) -> Any:
+        """The candidate that explains most with all picks."""
+        return self.candidates[int(self.explained[:, -1].argmax())]
+
+    @property
+    def curve(self) -> Tensor:
+        """What the best candidate explains after each pick, [k]."""
+        return self.explained[int(self.explained[:, -1].argmax())]
+
+
+def held_out_ridge(
+    pool: NewtonPool,
+    budget: int | float,
+    *,
+    ridges: Sequence[float] = RIDGES,
+    folds: int = 5,
+    seed: int = 0,
+    screen: bool = True,
+) -> HeldOutChoice:
+    """Tries ridges of `NewtonGreedy`: rows selected by some of the targets, their Newton step measured on the others.
+
+    The whole selection is made anew for every fold and ridge, as `NewtonPool.select` makes it.
+
+    Args:
+        pool: Whitened gradients.
+        budget: Number or share of rows.
+        ridges: To try.
+        folds: Parts of the targets, each of which is held out once; as many as there are targets leave out one.
+        seed: Of the parts.
+        screen: Whether rows that the others contradict are left out first, as `NewtonPool.select` has it.
+
+    Raises:
+        ValueError: If the budget does not fit the pool, there are not from 2 to m folds, no ridge is given, or there is
+            not one curvature target for each target.
+    """
+    call = "held_out_ridge"
+    k = resolve_budget(budget, len(pool.features), call)
+    tried = tuple(NewtonGreedy(ridge) for ridge in ridges)
+    _check_candidates(call, tried, "ridges")
+
+    def moves(kept: Tensor, held_out: Tensor) -> Iterator[Tensor]:
+        known = _of_targets(call, pool, kept)
+        known = known.screened(k) if screen else known
+        for rule in tried:
+            picks = known.interactions.select(known.rule(k, rule), k).positions
+            yield _newton_moves(known, picks, rule.ridge, pool.targets[held_out])
+
+    return HeldOutChoice(tuple(ridges), _explained(call, _counts(pool), folds, seed, moves))
+
+
+def held_out_weight(
+    scores: Tensor | ScoreMatrix,
+    budget: int | float,
+    *,
+    rule: SelectionRule | None = None,
+    weights: Sequence[float] | None = None,
+    folds: int = 5,
+    seed: int = 0,
+) -> HeldOutChoice:
+    """Tries weights of an added row: rows selected by some of the targets, their sum measured on the others.
+
+    With the weight w the picks S move a target by x_t = w Σ_{i∈S} g_tᵀ H⁻¹ g_i, and the explained share is F+I of the
+    held-out targets ([IA] section 3.1, eq. 8) as a share of the most that it can be.
+
+    Args:
+        scores: g_tᵀ H⁻¹ g_i [m, n], as `Interactions.from_scores` takes them.
+        budget: Number or share of rows.
+        rule: Rule that looks at interactions; None for ``InteractionGreedy()``.
+        weights: To try; None for `STEPS` of the weight at which a row is at its optimum alone.
+        folds: Parts of the targets, each of which is held out once; as many as there are targets leave out one.
+        seed: Of the parts.
+
+    Returns:
+        The choice, with the weights in the units of `Interactions.reweighted`.
+
+    Raises:
+        ValueError: If the budget does not fit the pool, there are not from 2 to m folds, no weight is given, or a score
+            is not finite.
+    """
+    call = "held_out_weight"
+    everything = Interactions.from_scores(scores, 1.0)
+    table = (scores if isinstance(scores, Tensor) else scores.total()).detach().double()
+    k = resolve_budget(budget, len(everything), call)
+    rule = InteractionGreedy() if rule is None else rule
+    tried = tuple(own_optimum(everything, k) * step for step in STEPS) if weights is None else tuple(weights)
+    _check_candidates(call, tried, "weights")
+
+    def moves(kept: Tensor, held_out: Tensor) -> Iterator[Tensor]:
+        known = Interactions.from_scores(table[kept], 1.0, ids=everything.ids)
+        for weight in tried:
+            picks = list(known.reweighted(weight).select(rule, k).positions)
+            yield weight * table[held_out][:, picks].cumsum(1)
+
+    counts = table.new_ones(len(table)) / len(table)
+    return HeldOutChoice(tried, _explained(call, counts, folds, seed, moves))
+
+
+def held_out_pool(
+    pools: Mapping[str, NewtonPool],
+    budget: int | float,
+    *,
+    judge: str | None = None,
+    folds: int = 5,
+    seed: int = 0,
+    screen: bool = True,
+) -> HeldOutChoice:
+    """Tries kinds of gradients, such as raw ones and ones of unit length: which selects better for held-out targets?
+
+    Each selects by some of the targets, as `NewtonPool.select` does. What they explain in their own units cannot be
+    compared; one of them judges all selections, by its Newton step at the ridge that random rows ask for.
+
+    Args:
+        pools: Of the same rows and targets in the same order, by name.
+        budget: Number or share of rows.
+        judge: Name of the pool whose estimate all are measured by; None for the first.
+        folds: Parts of the targets, each of which is held out once; as many as there are targets leave out one.
+        seed: Of the parts.
+        screen: Whether rows that the others contradict are left out first.
+
+    Raises:
+        ValueError: If the pools differ in their rows or targets, the judge is none of them, or as `held_out_ridge`.
+    """
+    call = "held_out_pool"
+    _check_candidates(call, tuple(pools), "pools")
+    sizes = {(len(pool.features), len(pool.targets)) for pool in pools.values()}
+    judge = next(iter(pools)) if judge is None else judge
+    if len(sizes) > 1 or judge not in pools:
+        raise ValueError(
+            f"`{call}(pools, judge={judge!r})`: expected the same rows and targets in every pool, and one of "
+            f"{', '.join(map(repr, pools))} as the judge. Got (rows, targets) {sorted(sizes)}."
+        )
+    measure = pools[judge]
+    k = resolve_budget(budget, len(measure.features), call)
+    ridge = measure.ridge(k).best
+
+    def moves(kept: Tensor, held_out: Tensor) -> Iterator[Tensor]:
+        for pool in pools.values():
+            picks = _of_targets(call, pool, kept).select(k, screen=screen).positions
+            yield _newton_moves(measure, picks, ridge, measure.targets[held_out])
+
+    return HeldOutChoice(tuple(pools), _explained(call, _counts(measure), folds, seed, moves))
+
+
+def _explained(call: str, counts: Tensor, folds: int, seed: int, moves: Moves) -> Tensor:
+    """Σ_t counts_t (1 − (1 − x_t)²) over all targets, each held out once, [number of candidates, k]."""
+    parts = []
+    for kept, held_out in _folds(call, len(counts), folds, seed):
+        own = counts[held_out]
+        parts.append(torch.stack([own @ (1 - (1 - found).square()) for found in moves(kept, held_out)]))
+    return torch.stack(parts).sum(0).cpu()
+
+
+def _counts(pool: NewtonPool) -> Tensor:
+    """How much each target counts, [m], float64; negative for what shall be avoided; absolute values add up to 1."""
+    counts = pool.targets.new_ones(len(pool.targets)) if pool.shares is None else pool.shares.to(pool.targets)
+    return counts.double() / counts.abs().sum()
+
+
+def _folds(call: str, m: int, folds: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Places of targets that are kept and held out, in parts of as equal size as can be."""
+    if isinstance(folds, bool) or not isinstance(folds, int) or not 2 <= folds <= m:
+        raise ValueError(f"`{call}(folds={folds!r})`: expected an int from 2 to the number of targets, {m}.")
+    order = torch.randperm(m, generator=torch.Generator().manual_seed(seed))
+    for held_out in order.tensor_split(folds):
+        kept = torch.ones(m, dtype=torch.bool)
+        kept[held_out] = False
+        yield kept.nonzero().flatten(), held_out.sort().values
+
+
+def _of_targets(call: str, pool: NewtonPool, places: Tensor) -> NewtonPool:
+    """The pool with some of its targets."""
+    fisher = pool.curvature_targets
+    if fisher is not None and len(fisher) != len(pool.targets):
+        raise ValueError(
+            f"`{call}(pool)`: expected one curvature target for each of {len(pool.targets)} targets, so that both can "
+            f"be held out. Got {len(fisher)}."
+        )
+    return replace(
+        pool,
+        targets=pool.targets[places],
+        curvature_targets=None if fisher is None else fisher[places],
+        shares=None if pool.shares is None else pool.shares[places],
+    )
+
+
+def _newton_moves(pool: NewtonPool, picks: Sequence[int], ridge: float, goals: Tensor) -> Tensor:
+    """x [m, k]: how far the Newton step on the first j picks moves each goal along its own gradient.
+
+    With L Lᵀ = D + Φ_S Φ_Sᵀ, x = Φ_t Φ_Sᵀ L⁻ᵀ L⁻¹ 1 is a sum over picks, and the first j terms are x of the first j.
+    """
+    rows = pool.features[list(picks)].double()
+    unseen = torch.zeros(len(pool.features)) if pool.unseen is None else pool.unseen
+    squares = float(torch.linalg.vector_norm(pool.features, dtype=torch.float64)) ** 2 + float(unseen.sum())
+    dampings = unseen.to(rows)[list(picks)] + ridge * squares / len(pool.features)
+    factor = torch.linalg.cholesky(rows @ rows.T + dampings.diag())
+    seen = torch.cat([rows @ goals.double().T, rows.new_ones(len(rows), 1)], dim=1)
+    solved = torch.linalg.solve_triangular(factor, seen, upper=False)
+    moves: Tensor = (solved[:, :-1] * solved[:, -1:]).cumsum(0).T
+    return moves
+
+
+def _check_candidates(call: str, candidates: Sequence[object], what: str) -> None:
+    if not candidates:
+        raise ValueError(f"`{call}({what}=())`: expected at least one.")
