@@ -53,6 +53,8 @@ def load_smollm2(cache_dir: str | Path) -> tuple[PreTrainedModel, PreTrainedToke
     if not cache.is_dir():
         _dequantise(gguf_file(), cache)
     tokenizer = AutoTokenizer.from_pretrained(cache, local_files_only=True)
+    if tokenizer.pad_token is None:  # some versions of transformers do not find it in the GGUF file
+        tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(cache, local_files_only=True, dtype=torch.float32)
     return model.eval(), tokenizer
 

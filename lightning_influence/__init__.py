@@ -18,6 +18,7 @@ from lightning_influence.capture import (
     LayerRecord,
     ModuleLoss,
     RegressionLoss,
+    StreamedExamples,
     find_components,
     omit_nonfinite,
 )
@@ -161,6 +162,7 @@ __all__ = [  # noqa: RUF022  in the order in which data flows
     "GradientCapture",
     "LayerRecord",
     "ExampleLoader",
+    "StreamedExamples",
     "ExampleLoss",
     "LanguageModelLoss",
     "ClassificationLoss",

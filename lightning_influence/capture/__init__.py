@@ -16,6 +16,7 @@ from lightning_influence.capture.losses import (
     resolve_loss,
 )
 from lightning_influence.capture.record import LayerRecord
+from lightning_influence.capture.stream import StreamedExamples
 
 __all__ = [
     "ClassificationLoss",
@@ -29,6 +30,7 @@ __all__ = [
     "LayerRecord",
     "ModuleLoss",
     "RegressionLoss",
+    "StreamedExamples",
     "find_components",
     "omit_nonfinite",
     "parameter_gradients",

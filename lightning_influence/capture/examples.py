@@ -83,7 +83,8 @@ def _checked_size(dataset: Any) -> int:
     if wrong or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise ValueError(
             f"`ExampleLoader({type(dataset).__name__})`: examples need stable ids. Expected a map-style dataset with "
-            "__len__ and __getitem__, or a DataLoader over one; of a dictionary of splits pass one split."
+            "__len__ and __getitem__, or a DataLoader over one; of a dictionary of splits pass one split, of a stream "
+            "StreamedExamples(stream, length)."
         )
     return len(cast(Sized, dataset))
 

@@ -27,8 +27,8 @@ def checked_pool(loader: Any) -> DataLoader[Any]:
         raise ValueError(
             f"`DataSelector(data=...)`: {type(loader.dataset).__name__} is iterable and has no positions, which "
             "recorders, warm-up parts and selections need; expected a map-style dataset with __len__ and __getitem__. "
-            "A stream can be served as it is; to choose from it, keep its rows first, such as by "
-            "`datasets.Dataset.from_generator` or in a list."
+            "A stream can be served as it is, and a recorder looks at it with `train=StreamedExamples(stream)`; to "
+            "choose from it, keep its rows first, such as by `datasets.Dataset.from_generator` or in a list."
         )
     return loader
 
