@@ -309,7 +309,7 @@ def table(results: Sequence[Result]) -> list[dict[str, Any]]:
                 line[f"below_{name}"] = round(float(below.mean()), 4)
                 if len(own) > 1:
                     line[f"below_{name}_interval"] = [round(end, 4) for end in student_interval(below)]
-        line["seeds"] = len(own)
+        line["seeds"] = {result.seed: round(result.loss, 4) for result in own}
         lines.append(line)
     return lines
 
@@ -355,7 +355,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def show(lines: Sequence[dict[str, Any]]) -> None:
-    print("noise  rows method         loss entropy wrong  below random             below the whole pool")
+    print(f"noise  rows {'method':<21}   loss entropy wrong  below random             below the whole pool")
     for line in lines:
         spans = []
         for name in ("below_random", "below_whole"):
@@ -363,7 +363,7 @@ def show(lines: Sequence[dict[str, Any]]) -> None:
             mean = f"{line[name]:.3f}" if name in line else ""
             spans.append(mean if low is None else f"{mean} ({low:.3f} to {high:.3f})")
         numbers = f"{line['loss']:>6.3f} {line['entropy']:>7.2f} {line['wrong']:>5.2f}"
-        print(f"{line['noise']:>5} {line['rows']:>5} {line['method']:<12} {numbers}  {spans[0]:<24} {spans[1]}")
+        print(f"{line['noise']:>5} {line['rows']:>5} {line['method']:<21} {numbers}  {spans[0]:<24} {spans[1]}")
 
 
 if __name__ == "__main__":

@@ -83,6 +83,7 @@ def test_differences_are_taken_seed_by_seed() -> None:
     found = {line["method"]: line for line in subset_selection.table(results)}
     assert found["newton"]["loss"] == 1.0
     assert found["newton"]["below_random"] == 0.2
+    assert found["newton"]["seeds"] == {0: 0.7, 1: 1.3, 2: 1.0}
     assert found["newton"]["below_random_interval"] == [0.2, 0.2]
     low, high = found["newton"]["below_whole_interval"]
     assert low < 0 < high
