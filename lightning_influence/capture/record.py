@@ -15,6 +15,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from lightning_influence.capture.budget import at_once
 from lightning_influence.capture.contexts import full_precision
 
 # Elements of one intermediate: 16 MiB of float32, small against a batch's activations, large for a matmul.
@@ -47,15 +48,20 @@ class LayerRecord(ABC):
     def example_numel(self) -> int:
         """Size of one example's gradient."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where the gradients are; ids stay on the CPU."""
+        return self.narrow(0, 1).example_gradients().device
+
     def joined(self, other: LayerRecord) -> LayerRecord:
         """The record of the sums of both records' gradients, for a component that was used twice."""
         return SumRecord(self.ids, (self, other))
 
     def chunks(self) -> Sequence[LayerRecord]:
-        """The record in pieces of about equal size whose materialised gradients stay small, about `CHUNK` each."""
+        """The record in pieces of about equal size whose materialised gradients stay small, see `at_once`."""
         n = len(self)
         # Rounded, so that a batch which is a little too large does not leave a piece of one example over.
-        step = -(-n // max(1, round(n * self.example_numel / CHUNK)))
+        step = -(-n // max(1, round(n * self.example_numel / at_once(CHUNK, self.device))))
         return [self.narrow(k, min(k + step, n)) for k in range(0, n, max(1, step))]
 
     @full_precision()
@@ -100,6 +106,11 @@ class FactoredRecord(LayerRecord):
         return n, t, i, self.gradients.shape[2]
 
     @property
+    def device(self) -> torch.device:
+        """Of its tensors."""
+        return self.gradients.device
+
+    @property
     def example_numel(self) -> int:
         """o * i."""
         return self.inputs.shape[2] * self.gradients.shape[2]
@@ -121,7 +132,7 @@ class FactoredRecord(LayerRecord):
         q = len(gradients)
         if q * t > q + t:
             return super().contract(gradients)
-        step = max(1, CHUNK // max(1, q * t * o))
+        step = max(1, at_once(CHUNK, self.device) // max(1, q * t * o))
         parts = []
         for part in (self.narrow(k, min(k + step, n)) for k in range(0, n, step)):
             moved = part.inputs.reshape(-1, i) @ gradients.reshape(q * o, i).mT
@@ -140,7 +151,7 @@ class FactoredRecord(LayerRecord):
         m, u = other.inputs.shape[:2]
         if n * m * t * u * (i + o) >= (n * t + m * u + n * m) * i * o:
             return super().dot_products(other)
-        step = max(1, CHUNK // max(1, t * m * u))
+        step = max(1, at_once(CHUNK, self.device) // max(1, t * m * u))
         parts = []
         for part in (self.narrow(k, min(k + step, n)) for k in range(0, n, step)):
             inner = part.inputs.reshape(-1, i) @ other.inputs.reshape(-1, i).mT
@@ -188,6 +199,11 @@ class IndexedRecord(LayerRecord):
     rows: int
 
     @property
+    def device(self) -> torch.device:
+        """Of its tensors."""
+        return self.gradients.device
+
+    @property
     def example_numel(self) -> int:
         """V * d."""
         return self.rows * self.gradients.shape[2]
@@ -211,7 +227,7 @@ class IndexedRecord(LayerRecord):
     def contract(self, gradients: Tensor) -> Tensor:
         """[q, V, d] -> [q, n]: only the looked-up rows matter."""
         q, t, d = len(gradients), *self.gradients.shape[1:]
-        step = max(1, CHUNK // max(1, q * t * d))
+        step = max(1, at_once(CHUNK, self.device) // max(1, q * t * d))
         parts = []
         for part in (self.narrow(k, min(k + step, len(self))) for k in range(0, len(self), step)):
             picked = gradients[:, part.indices.reshape(-1)].reshape(q, len(part), t * d)
@@ -268,6 +284,11 @@ class DenseRecord(LayerRecord):
     values: Tensor
 
     @property
+    def device(self) -> torch.device:
+        """Of its values."""
+        return self.values.device
+
+    @property
     def example_numel(self) -> int:
         """Product of the shape."""
         return self.values[0].numel()
@@ -295,6 +316,11 @@ class SumRecord(LayerRecord):
 
     ids: Tensor
     parts: tuple[LayerRecord, ...]
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parts."""
+        return self.parts[0].device
 
     @property
     def example_numel(self) -> int:

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_influence.capture.budget import at_once
+
 BLOCK = 64  # width of the second of the two stages of a draw
 PIECE = 1 << 19  # logits that are worked on at a time: they stay in the cache, which is five times as fast
 
@@ -55,7 +57,7 @@ def sample_categories(logits: Tensor, draws: Tensor) -> Tensor:
     Returns:
         int64 [p].
     """
-    step = max(1, PIECE // logits.shape[1])
+    step = max(1, at_once(PIECE, logits.device) // logits.shape[1])
     parts = zip(logits.split(step), draws.split(step), strict=True)  # type: ignore[no-untyped-call]
     return torch.cat([_sample(rows, numbers) for rows, numbers in parts])
 

@@ -71,6 +71,11 @@ class AlignedRecord(LayerRecord):
     record: LayerRecord
 
     @property
+    def device(self) -> torch.device:
+        """Of the gradients."""
+        return self.record.device
+
+    @property
     def example_numel(self) -> int:
         """Size of the gradient."""
         return self.record.example_numel

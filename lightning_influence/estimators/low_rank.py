@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_influence.capture import Component, LayerRecord
+from lightning_influence.capture.budget import at_once
 from lightning_influence.capture.contexts import full_precision
 from lightning_influence.capture.record import CHUNK, FactoredRecord
 
@@ -174,7 +175,7 @@ def contract(record: LayerRecord, gradients: Operand) -> Tensor:
         return torch.cat([record.contract(part.dense()) for part in _few(gradients)])
     (n, t, i, o), (q, _, r) = record.sizes, gradients.left.shape
     right, left = gradients.right.reshape(q * r, i), gradients.left.mT.reshape(q * r, o)
-    step = max(1, CHUNK // max(1, t * q * r))
+    step = max(1, at_once(CHUNK, record.device) // max(1, t * q * r))
     parts = []
     for part in (record.narrow(k, min(k + step, n)) for k in range(0, n, step)):
         product = part.inputs.reshape(-1, i) @ right.mT

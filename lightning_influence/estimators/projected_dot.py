@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_influence.capture import Component, ExampleLoader, LayerRecord
+from lightning_influence.capture.budget import at_once
 from lightning_influence.capture.component import Select
 from lightning_influence.capture.data_fingerprint import data_fingerprint
 from lightning_influence.capture.record import CHUNK, DenseRecord
@@ -188,7 +189,7 @@ def pair_products(
         left, right = _unit(left), _unit(right)
     columns = [slice(None)] if slices is None else list(slices.values())
     found = left.new_empty(len(columns), len(pairs))
-    step = max(1, CHUNK // max(1, left.shape[1]))
+    step = max(1, at_once(CHUNK, left.device) // max(1, left.shape[1]))
     for start in range(0, len(pairs), step):
         rows, others = pairs[start : start + step].unbind(1)
         products = left[rows] * right[others]

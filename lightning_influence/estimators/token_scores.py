@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.capture import Component, LayerRecord
+from lightning_influence.capture.budget import at_once
 from lightning_influence.capture.contexts import full_precision
 from lightning_influence.capture.finite import check_gradients
 from lightning_influence.capture.record import CHUNK, FactoredRecord, IndexedRecord, SumRecord
@@ -166,7 +167,7 @@ def by_position(record: LayerRecord, gradients: Tensor) -> Tensor:
         return torch.stack([by_position(part, gradients) for part in record.parts]).sum(0)
     assert isinstance(record, FactoredRecord | IndexedRecord)
     q, (n, t, o) = len(gradients), record.gradients.shape
-    step = max(1, CHUNK // max(1, q * t * o))
+    step = max(1, at_once(CHUNK, record.device) // max(1, q * t * o))
     parts = (record.narrow(k, min(k + step, n)) for k in range(0, n, step))
     return torch.cat([_by_position(part, gradients) for part in parts], dim=1)
 

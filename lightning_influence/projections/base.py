@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from lightning_influence.capture.budget import check_bytes
 from lightning_influence.capture.component import Component
-from lightning_influence.capture.record import FactoredRecord, IndexedRecord, LayerRecord, SumRecord
+from lightning_influence.capture.record import LayerRecord
 from lightning_influence.errors import NotFittedError
 
 T = TypeVar("T")
@@ -204,15 +204,6 @@ def pieces(record: LayerRecord, elements: int, limit: int) -> list[LayerRecord]:
     """The record in parts of so many examples, at ``elements`` numbers each, that ``limit`` is kept if possible."""
     step = max(1, limit // max(1, elements))
     return [record.narrow(k, min(k + step, len(record))) for k in range(0, len(record), step)]
-
-
-def device_of(record: LayerRecord) -> torch.device:
-    """Where the gradients are; ids stay on the CPU."""
-    if isinstance(record, SumRecord):
-        return device_of(record.parts[0])
-    if isinstance(record, (FactoredRecord, IndexedRecord)):
-        return record.gradients.device
-    return record.narrow(0, 1).example_gradients().device
 
 
 def matrix_shape(component: Component) -> tuple[int, int]:

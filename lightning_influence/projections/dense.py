@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_influence.capture.component import Component
 from lightning_influence.capture.contexts import full_precision
 from lightning_influence.capture.record import LayerRecord
-from lightning_influence.projections.base import Projection, device_of, pieces
+from lightning_influence.projections.base import Projection, pieces
 
 INSTALL = "pip install traker"
 INSTALL_CUDA = 'pip install "traker[fast]" (compiles a CUDA extension)'
@@ -93,7 +93,7 @@ class TrakProjection(Projection):
     def project(self, component: Component, record: LayerRecord) -> Tensor:
         """[n, k_c], float32."""
         size = self.size_of(component)
-        projector = self._projector(component, device_of(record))
+        projector = self._projector(component, record.device)
         parts: list[Tensor] = []
         for part in pieces(record, 4 * component.numel, self.memory_budget):
             gradients = part.example_gradients().flatten(1).float().contiguous()

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_influence.capture.budget import at_once
 from lightning_influence.capture.component import Component
 from lightning_influence.capture.contexts import full_precision
 from lightning_influence.capture.record import FactoredRecord, IndexedRecord, LayerRecord, SumRecord
-from lightning_influence.projections.base import Projection, device_of, generator, matrix_shape, pieces
+from lightning_influence.projections.base import Projection, generator, matrix_shape, pieces
 from lightning_influence.projections.fold import Fold, random_signs
 
 PIECE = 2**20  # elements of one intermediate, so that it is still in the cache when it is read again
@@ -67,10 +68,10 @@ class FactoredProjection(Projection):
     def project(self, component: Component, record: LayerRecord) -> Tensor:
         """[n, k_c]."""
         size = self.size_of(component)
-        left, right = self._folds(component, device_of(record))
+        left, right = self._folds(component, record.device)
         height, width = len(left.order), len(right.order)
         shape, elements = matrix_shape(component), min(height * width, BLOCK) + _elements(record, height, width)
-        parts = pieces(record, elements, PIECE)
+        parts = pieces(record, elements, at_once(PIECE, record.device))
         return torch.cat([self._sketch(component, _folded(part, left, right, shape), size) for part in parts])
 
     def buckets(self, component: Component) -> tuple[int, int]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from lightning_influence.capture.budget import at_once
 from lightning_influence.capture.component import Component
 from lightning_influence.capture.contexts import full_precision
 from lightning_influence.capture.record import CHUNK, FactoredRecord, IndexedRecord, LayerRecord, SumRecord
@@ -98,7 +99,7 @@ class LoGra(Projection):
         """[n, k_out k_in]."""
         self.size_of(component)
         o, i = matrix_shape(component)
-        parts = pieces(record, _elements(record, o + i), CHUNK)
+        parts = pieces(record, _elements(record, o + i), at_once(CHUNK, record.device))
         return torch.cat([self._projected(component, part).flatten(1) for part in parts])
 
     def _projected(self, component: Component, record: LayerRecord) -> Tensor:

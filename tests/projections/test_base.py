@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lightning_influence.capture.record import DenseRecord, FactoredRecord, LayerRecord, SumRecord
 from lightning_influence.errors import NotFittedError
 from lightning_influence.projections import PROJECTIONS, FactoredProjection, LoGra, Projection, TrakProjection
-from lightning_influence.projections.base import allocate, device_of, matrix_shape, pieces, stable_seed
+from lightning_influence.projections.base import allocate, matrix_shape, pieces, stable_seed
 from tests.projections.cases import SHAPES, component, dense, flat, normal, record
 
 Build = Callable[..., Projection]
@@ -285,8 +285,8 @@ def test_matrix_shape() -> None:
 def test_the_device_is_that_of_the_gradients(case: str) -> None:
     """Ids stay on the CPU."""
     found = record(*SHAPES[case])
-    assert device_of(found) == torch.device("cpu")
-    assert device_of(moved(found)) == torch.device("meta")
+    assert found.device == torch.device("cpu")
+    assert moved(found).device == torch.device("meta")
 
 
 def moved(found: LayerRecord) -> LayerRecord:

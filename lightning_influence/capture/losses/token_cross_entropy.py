@@ -1,4 +1,4 @@
-"""Cross-entropy of many tokens over a large vocabulary, in pieces that stay in the processor's cache."""
+"""Cross-entropy of many tokens over a large vocabulary, in pieces that stay in a processor's cache."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from lightning_influence.capture.budget import at_once
 
 PIECE = 1 << 17  # logits at a time: 512 KiB of float32
 
@@ -82,5 +84,5 @@ class _Slope(torch.autograd.Function):
 
 
 def _pieces(logits: Tensor) -> Iterator[slice]:
-    step = max(1, PIECE // logits.shape[1])
+    step = max(1, at_once(PIECE, logits.device) // logits.shape[1])
     return (slice(k, k + step) for k in range(0, len(logits), step))
