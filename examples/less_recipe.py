@@ -266,10 +266,17 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error(f"expected --targets {which}, got {', '.join(unknown)}")
     if not set(options.only) <= set(options.targets):
         parser.error(f"expected --only some of the targets {', '.join(options.targets)}")
-    if options.device != "cpu" and not torch.get_device_module(options.device).is_available():
+    if not _present(options.device):
         parser.error(f"expected --device to be one that this machine has, such as cpu; got {options.device}")
     if options.data is not None and not options.data.is_dir():
         parser.error(f"expected --data to be a folder, {options.data} is none")
+
+
+def _present(device: str) -> bool:
+    try:
+        return bool(torch.get_device_module(device).is_available())
+    except RuntimeError:  # torch knows no such device
+        return False
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -334,6 +334,9 @@ def test_rows_that_are_not_there_are_named(folder):
         (["--curvature-rows", "0"], "--curvature-rows > 0"),
         (["--landmarks", "2401"], "expected --landmarks from 0 to the 2400 rows of the pool"),
         (["--warm-up-seed", "-1"], "--seeds and --warm-up-seed >= 0"),
+        (["--device", "hpu"], "expected --device to be one that this machine has, such as cpu; got hpu"),
+        (["--device", "gpu"], "expected --device to be one that this machine has, such as cpu; got gpu"),
+        (["--scored-rows", "0"], "--scored-rows, --curvature-rows > 0"),
         (["--model", "no/such"], "expected --model to be a folder with config.json, no/such has none"),
     ],
 )
