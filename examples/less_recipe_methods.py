@@ -37,6 +37,7 @@ from lightning_influence import (
     LengthScore,
     LESSRecorder,
     LossScore,
+    Newton,
     NewtonPool,
     Random,
     RedundancyFilter,
@@ -245,7 +246,8 @@ TABLES: dict[str, Callable[[Pool], dict[str, Tensor]]] = {
 def _newton(pool: Pool, target: str, budget: int) -> Selection:
     """Rows are known by what the queries of all targets and the landmarks see of them.
 
-    The training is short, so that what a few rows are predicted to do must not use up the estimate.
+    The training is short, so that what a few rows are predicted to do must not use up the estimate. The same as
+    ``rule=Newton("saturate")`` of a `DataSelector`, where rows are known by the queries of its own target alone.
     """
     tables = pool.tables("influence")
     scores, places = torch.cat([tables["scores"], tables["marks"]]), tables["places"]
@@ -254,7 +256,7 @@ def _newton(pool: Pool, target: str, budget: int) -> Selection:
     rows, goals = score_features(scores, own)
     unseen = unseen_squares(rows, tables["squares"])
     known = NewtonPool(rows, goals[pool.data.members(target)], unseen=unseen)
-    return known.select(budget, known.saturating_rule(budget), screen=False)
+    return known.select(budget, Newton("saturate"))
 
 
 def _by_interactions(rule: SelectionRule) -> Callable[[Pool, str, int], Selection]:

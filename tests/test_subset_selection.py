@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))  # as for a script that runs there
 
 import subset_selection
-from subset_selection import Result, Setting
+from subset_selection import Chooser, Parts, Result, Setting
+
+from lightning_influence import DataSelector, Newton
 
 SMALL = Setting(pool=200, targets=30, held_out=100, sizes=(25, 50), warm_up=10, steps=20)
 
@@ -71,6 +74,17 @@ def test_other_ways_than_the_defaults(monkeypatch: pytest.MonkeyPatch, capsys: p
     kinds = [found[25, method]["loss"] for method in ("newton-raw", "newton")]
     assert found[25, "normalise-held-out"]["loss"] in kinds
     assert "below_random" not in found[25, "newton"]
+
+
+@pytest.mark.parametrize("landmarks", [None, 20])
+def test_newton_is_what_a_data_selector_does(landmarks: int | None) -> None:
+    parts = Parts.draw(*subset_selection.load("digits", None), SMALL, 0.2, seed=1)
+    warm = subset_selection.train(parts.pool, range(200), 10, 1001, settle=False)
+    expected = Chooser(warm, parts, 0, Namespace(landmarks=landmarks)).selection("newton", 50)
+    rule = Newton(landmarks=1.0 if landmarks is None else landmarks)
+    found = DataSelector(parts.pool, parts.targets, 50, rule=rule).select(warm, progress=False)
+    assert found.to_dict() == expected.to_dict()
+    assert found.screened > 10
 
 
 def result(loss: float, seed: int, method: str, rows: int) -> Result:

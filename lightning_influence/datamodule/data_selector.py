@@ -60,8 +60,8 @@ class DataSelector(ServedRows):
         leaks: Of the targets, what is done about pool rows that stand there too: "warn", "refuse" or "exclude".
         target_weights: Of targets by name, see `select_training_data`.
         across: The same.
-        rule: None for ``"newton"``, `NewtonGreedy` with a ridge that suits the pool, or for ``InteractionGreedy()``
-            where a ``weight`` is given.
+        rule: None for ``"newton"``, that is ``Newton()``, or for ``InteractionGreedy()`` where a ``weight`` is given.
+            ``Newton(ridge="saturate")`` is for a fit of an epoch or two on the selection.
         curvature: None for ``EKFAC()``.
         components: Which parameters, see `find_components`; None for everything trainable.
         loss: Loss of one example, see `resolve_loss`.
@@ -73,9 +73,10 @@ class DataSelector(ServedRows):
             (LESS takes 0.05), see ``warmup_ids``; None for the whole pool. Recorders and ``select`` look at the whole
             pool all the same.
         reselect_every_n_epochs: Choose again at the start of the epochs n, 2n, ... of a fit; None for never. Needs
-            ``budget`` and ``Trainer(reload_dataloaders_every_n_epochs=1)``.
+            ``budget`` and ``Trainer(reload_dataloaders_every_n_epochs=1)``. By the Newton step with the same landmarks
+            every time, whose gradients are taken anew, as all are.
         weights: ``"gains"`` for selections whose rows are drawn in proportion to their predicted gains, see `weigh`.
-        seed: Of the random part, and of labels sampled when choosing during a fit.
+        seed: Of the random part, and of landmarks and labels drawn when choosing during a fit.
         val: DataLoader or dataset for validation, when ``data`` is not a datamodule.
         batch_size: Of the pool and the validation data, where they are plain datasets.
         collate_fn: The same.
@@ -189,7 +190,7 @@ class DataSelector(ServedRows):
             store: Folder of a recording of `CurvatureRecorder`, whose factors are used instead of fitting new
                 ones; it must be of the weights the model has now.
             batch_size: Examples per batch of the passes; None takes the loader's.
-            seed: Of sampled labels.
+            seed: Of landmarks and of sampled labels.
             progress: Whether to show progress bars.
 
         Returns:

@@ -227,7 +227,7 @@ class Estimator(Passes):
         return self._self_scores(values if per_component else values.sum(0), loader)
 
     def score_with_self(
-        self, queries: Any, train: Any, *, labels: Labels = "data", seed: int = 0
+        self, queries: Any, train: Any, *, also: Any = None, labels: Labels = "data", seed: int = 0
     ) -> tuple[Scores, Scores]:
         """`score` and `self_influence` of the same training examples, which are passed over once for both.
 
@@ -236,6 +236,8 @@ class Estimator(Passes):
         Args:
             queries: As for `score`.
             train: As for `score`.
+            also: More queries, which come in batches of their own; their rows of scores follow. No pass is added where
+                all queries fit into memory. Their ids are positions in their own data.
             labels: As for `score`.
             seed: As for `score`.
 
@@ -247,9 +249,10 @@ class Estimator(Passes):
         """
         self._check_self("score_with_self(queries, train)")
         left, right = self._sides("score_with_self", queries, train, labels, None)
+        more = None if also is None else self._sides("score_with_self", also, train, labels, None)[0]
         blocks: list[Tensor] = []
         squares: list[Tensor] = []
-        for gradients in self._operands(left, None, labels, seed, None):
+        for gradients in self._prepared_together([left] if more is None else [left, more], labels, seed):
             columns = []
             with self.capture:
                 for records in self._records(right, "training examples"):
@@ -259,7 +262,8 @@ class Estimator(Passes):
                         squares.append(self._self_columns({c.name: r for c, r in batch}).sum(0))
             blocks.append(torch.cat(columns, dim=-1))
         formula, reduction = self._described(*asked(left, labels, None)), self._reduction(left, right)
-        scores = self._scores(torch.cat(blocks), row_ids(left, None), right, formula, reduction)
+        ids = row_ids(left, None) if more is None else row_ids(left, None) + row_ids(more, None)
+        scores = self._scores(torch.cat(blocks), ids, right, formula, reduction)
         return scores, self._self_scores(torch.cat(squares), right)
 
     def check(self, queries: Any, labels: Labels = "data", seed: int = 0) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,11 +55,14 @@ class Passes(ABC):
         return ExampleLoader(data, self.batch_size)
 
     def _query_blocks(self, loader: ExampleLoader) -> Iterator[ExampleLoader]:
-        wide = any(parameter.dtype == torch.float64 for parameter in self.model.parameters())
-        size = self._query_numel() * (8 if wide else 4)
-        step = max(1, self.memory_budget // size)
+        step = self._block_size()
         for k in range(0, loader.num_examples, step):
             yield ExampleLoader(loader, indices=loader.ids[k : k + step])
+
+    def _block_size(self) -> int:
+        """Number of queries that fit into memory."""
+        wide = any(parameter.dtype == torch.float64 for parameter in self.model.parameters())
+        return max(1, self.memory_budget // (self._query_numel() * (8 if wide else 4)))
 
     def _query_numel(self) -> int:
         """Numbers that are kept of one query."""
@@ -87,6 +90,24 @@ class Passes(ABC):
                 total[name] = total[name] + mean if name in total else mean
         if total:
             yield self._transform_queries(total)
+
+    def _prepared_together(
+        self, loaders: Sequence[ExampleLoader], labels: Labels, seed: int
+    ) -> Iterator[dict[str, Tensor]]:
+        """The same of several data, one after the other: a block may begin in one and end in the next."""
+        kept: list[dict[str, Tensor]] = []
+        room = size = self._block_size()
+        for loader in loaders:
+            left = loader.ids
+            while left:
+                part = ExampleLoader(loader, indices=left[:room])
+                kept.append(self._own_gradients(part, labels, seed))
+                left, room = left[room:], room - part.num_examples
+                if room == 0:
+                    yield self._transform_queries(_joined(kept))
+                    kept, room = [], size
+        if kept:
+            yield self._transform_queries(_joined(kept))
 
     def _query_gradients(self, loader: ExampleLoader, labels: Labels, seed: int) -> dict[str, Tensor]:
         return self._transform_queries(self._own_gradients(loader, labels, seed))
@@ -160,3 +181,9 @@ class Passes(ABC):
             losses = sampled_losses(loss, ids, seed) if labels == "sampled" else loss.losses
             records = self.capture.record(batch, losses, ids, loss.position_mask(batch), loss.batch_size(batch))
             yield zip(self.components, records, strict=True)
+
+
+def _joined(blocks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    if len(blocks) == 1:
+        return blocks[0]
+    return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}

@@ -28,6 +28,7 @@ from lightning_influence.selection.constraints import Constraints
 from lightning_influence.selection.facility_location import FacilityLocation
 from lightning_influence.selection.held_out import HeldOutChoice, held_out_pool, held_out_ridge, held_out_weight
 from lightning_influence.selection.interaction_greedy import InteractionGreedy
+from lightning_influence.selection.newton import Newton
 from lightning_influence.selection.newton_greedy import NewtonGreedy
 from lightning_influence.selection.newton_pool import NewtonPool, RidgeChoice
 from lightning_influence.selection.random import Random
@@ -57,6 +58,7 @@ __all__ = [
     "FacilityLocation",
     "HeldOutChoice",
     "InteractionGreedy",
+    "Newton",
     "NewtonGreedy",
     "NewtonPool",
     "Random",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Sequence
 
@@ -91,6 +92,11 @@ class Admission:
         return only
 
     @property
+    def optional(self) -> Tensor:
+        """The same once those that come first are picked."""
+        return self._open
+
+    @property
     def more(self) -> bool:
         """Whether there is a row that may be picked now."""
         return bool(self._first) or self._count > 0
@@ -169,6 +175,36 @@ class Admission:
             if self.is_open(row):
                 self.take(row)
 
+    def spared(self, order: Iterable[int]) -> list[int]:
+        """Which optional rows of an order can be left out for good, taken as they come.
+
+        Those without which every minimum and the room can still be met by any choice among the others, and each of
+        these stays open. So the first ones of the order go first, and a source keeps the last ones. The room counts as
+        met where the smallest rows of every source, as many as it may have, come to it, or to what they had.
+
+        Args:
+            order: Numbers of optional rows, each once.
+        """
+        groups, sizes = self._groups.tolist(), self._sizes.tolist()
+        left: dict[int, list[int]] = {}
+        for row in self._open.nonzero().flatten().tolist():
+            left.setdefault(groups[row], []).append(sizes[row])
+        least, most = self._missing.tolist(), self._spare.tolist()
+        for own in left.values():
+            own.sort()
+        demand, supply = int(self._demand.sum()), sum(sum(own[: most[group]]) for group, own in left.items())
+        needed, gone = min(self._room, supply), []
+        for row in order:
+            group = groups[row]
+            own, place = left[group], bisect_left(left[group], sizes[row])
+            dearer, less = (_without(own, place, count) for count in (least[group], most[group]))
+            open_still = dearer == 0 or demand + dearer + self._largest <= self._room
+            if len(own) > least[group] and supply + less >= needed and open_still:
+                del own[place]
+                demand, supply = demand + dearer, supply + less
+                gone.append(row)
+        return gone
+
     def _gain(self, row: int) -> float:
         value = -float(self._pool.values[row])
         if self._pool.features is None:
@@ -213,3 +249,10 @@ class Admission:
     def _close(self) -> None:
         self._open = self._left & (self._sizes <= self._limits[self._groups])
         self._count = int(self._open.sum())
+
+
+def _without(sizes: list[int], place: int, count: int) -> int:
+    """By how much the sum of the ``count`` smallest of ascending sizes changes without the one at a place."""
+    if place >= count:
+        return 0
+    return (sizes[count] if count < len(sizes) else 0) - sizes[place]

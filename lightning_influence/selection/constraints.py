@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -145,6 +145,23 @@ class Constraints:
         else:
             _check_tokens(call, room, room - admission.slack, int(sizes[first].sum()), int(sizes[allowed].min()))
         return admission
+
+    def of_part(self, ids: Sequence[Id], closed: Iterable[Id]) -> Constraints:
+        """The same for some rows of a pool for which they were settled (`admission`).
+
+        Args:
+            ids: Of these rows: all of ``must_include``, and of every source as many as it must have.
+            closed: Ids of the rows that may not be picked, for whatever reason; repeated rows are among them.
+        """
+        change: dict[str, Any] = {}
+        present = set() if self.sources is None else set(of_rows(_CALL, ids, self.sources))
+        for name in ("min_per_source", "max_per_source"):
+            quota = getattr(self, name)
+            if isinstance(quota, Mapping):  # a source that is named must be there
+                change[name] = {source: number for source, number in quota.items() if source in present}
+        first, rows = set(self.must_include), set(ids)
+        exclude = [name for name in closed if name in rows and name not in first]
+        return replace(self, exclude=exclude, duplicates="allow", duplicate_keys=None, **change)
 
     def _drop_duplicates(self, call: str, pool: Factors, allowed: Tensor, first: list[int]) -> None:
         """Takes rows that repeat another off the allowed ones."""

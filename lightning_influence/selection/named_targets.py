@@ -15,6 +15,7 @@ from lightning_influence.estimators.interactions import Interactions
 from lightning_influence.estimators.scores import Scores
 from lightning_influence.selection.aggregate import Reduce, Weights, aggregate, target_interactions
 from lightning_influence.selection.base import SelectionRule
+from lightning_influence.selection.newton import Newton
 from lightning_influence.selection.selection import Selection
 from lightning_influence.selection.terms import Terms
 from lightning_influence.selection.top_k import TopK
@@ -84,7 +85,7 @@ class NamedTargets:
         rows: ConcatDataset[Any] = ConcatDataset([Subset(loader.dataset, loader.ids) for loader in loaders])
         return ExampleLoader(rows, min(loader.batch_size for loader in loaders), first.collate_fn)
 
-    def check_rule(self, rule: SelectionRule | str) -> None:
+    def check_rule(self, rule: SelectionRule | Newton) -> None:
         """Refuse a rule that cannot look at these targets.
 
         Raises:

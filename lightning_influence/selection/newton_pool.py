@@ -12,18 +12,23 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lightning_influence.capture import ExampleLoader
-from lightning_influence.estimators.factors import Id
+from lightning_influence.estimators.factors import Factors, Id
 from lightning_influence.estimators.influence_function import InfluenceFunction
 from lightning_influence.estimators.interactions import Interactions
 from lightning_influence.estimators.whitened import score_features, thinned, unseen_squares
-from lightning_influence.selection.budget import resolve_budget
+from lightning_influence.selection.admission import Admission
+from lightning_influence.selection.budget import Budget, TokenBudget, resolve_budget
+from lightning_influence.selection.constraints import Constraints
+from lightning_influence.selection.newton import Newton
 from lightning_influence.selection.newton_greedy import NewtonGreedy
 from lightning_influence.selection.saturation import saturating_ridge
 from lightning_influence.selection.selection import Selection
+from lightning_influence.selection.terms import expected_rows, in_numbers
 
 RIDGES = tuple(10 ** (k / 4) for k in range(-8, 5))  # 0.01 to 10, four to a decade
 NEARLY = 0.9  # of what the best ridge explains counts as no less
 NEARLY_SCREENED = 0.95  # the same where rows that the others contradict are gone
+BLOCK = 4096  # rows at a time
 OPPOSED = 1.5  # rows that count as contradicted for each with a negative agreement, as two of three wrong labels have
 
 
@@ -101,29 +106,28 @@ class NewtonPool:
             influence: Fitted.
             targets: Map-style dataset or DataLoader of the target examples.
             pool: Map-style dataset or DataLoader of the rows to choose from.
-            landmarks: Number of pool rows, drawn at random, that are scored like targets and at their cost. Without
-                them rows differ in as many ways as there are targets, which is too few for a selection of as many
-                rows or more; all rows of the pool leave nothing out.
+            landmarks: Number of pool rows, drawn at random by id, that are scored like targets: in the same pass over
+                the pool, as far as memory allows, and at their cost. Without them rows differ in as many ways as there
+                are targets, which is too few for a selection of as many rows or more; all rows of the pool leave
+                nothing out.
             target_curvature: Labels of the Fisher of the targets: their own, or sampled from the model.
             shares: Of each target example, [m], see `NewtonPool`.
-            seed: Of landmarks and sampled labels.
+            seed: Of landmarks and of sampled labels.
 
         Raises:
             ValueError: If ``landmarks`` is not an int from 0 to the number of rows.
         """
         loader = ExampleLoader(pool, influence.batch_size)
         places = _draw_landmarks(loader, landmarks, seed)
-        references = [targets]
-        if landmarks:
-            references.append(ExampleLoader(loader, indices=[loader.ids[k] for k in places.tolist()]))
-        scores, lengths = influence.score_with_self(targets, loader)
-        m, n = scores.total().shape
+        marks = ExampleLoader(loader, indices=[loader.ids[k] for k in places]) if places else None
+        scores, lengths = influence.score_with_self(targets, loader, also=marks)
         rows, own = scores.total(), influence.score(targets, targets).total()
-        if landmarks:
-            rows = torch.cat([rows, influence.score(references[1], loader).total()])
+        m, n = len(own), loader.num_examples
+        if places:
             own = torch.cat([torch.cat([own, rows[:m, places]], dim=1), rows[:, places].T])
         if target_curvature == "sampled":
-            drawn = [influence.score(targets, part, labels="sampled", seed=seed).total() for part in references]
+            parts = [targets] if marks is None else [targets, marks]
+            drawn = [influence.score(targets, part, labels="sampled", seed=seed).total() for part in parts]
             rows = torch.cat([rows, torch.cat(drawn, dim=1).T], dim=1)
         found, goals = score_features(rows, own)
         fisher = found[n:] if target_curvature == "sampled" else None
@@ -166,7 +170,7 @@ class NewtonPool:
         Args:
             budget: Number or share of rows.
             draws: Random selections.
-            seed: Of the draws.
+            seed: Of the draws, by id: a permuted pool has the same.
 
         Raises:
             ValueError: If the budget does not fit the pool.
@@ -175,14 +179,16 @@ class NewtonPool:
         generator = torch.Generator().manual_seed(seed)
         unseen = torch.zeros(len(self.features)) if self.unseen is None else self.unseen
         mean = float(torch.linalg.vector_norm(self.features, dtype=torch.float64)) ** 2 + float(unseen.sum())
+        mean = mean / len(self.features) or 1.0  # without any gradient there is no scale
+        by_id = torch.tensor(self._by_id)
         goals = self.targets.double()
         counts = goals.new_ones(len(goals)) if self.shares is None else self.shares.to(goals).abs()
         counts /= counts.sum()
         errors = torch.zeros(len(RIDGES), dtype=torch.float64)
         for _ in range(draws):
-            rows = torch.randperm(len(self.features), generator=generator)[:k]
+            rows = by_id[torch.randperm(len(self.features), generator=generator)[:k]]
             chosen, left_out = self.features[rows].double(), unseen[rows].to(self.features.device).double()
-            steps = [_newton_step(chosen, left_out + ridge * mean / len(self.features)) for ridge in RIDGES]
+            steps = [_newton_step(chosen, left_out + ridge * mean) for ridge in RIDGES]
             errors += torch.stack([counts @ (1 - goals @ w).square() for w in steps]).cpu() / draws
         return RidgeChoice(RIDGES, errors)
 
@@ -206,59 +212,87 @@ class NewtonPool:
         unseen = rows.new_zeros(len(rows))
         if self.unseen is not None:
             unseen[:n] = self.unseen.to(unseen)
-        mean = float(rows[:n].square().sum() + unseen.sum()) / n
+        mean = float(rows[:n].square().sum() + unseen.sum()) / n or 1.0
         dampings = unseen + NewtonGreedy(ridge).ridge * mean
-        precision = rows.T @ (rows / dampings[:, None]) + torch.eye(rows.shape[1]).to(rows)
-        covariance = torch.cholesky_inverse(torch.linalg.cholesky(precision))
-        reached = rows[:n] @ covariance
-        fitted, own = reached @ (rows.T @ (1 / dampings)), (reached * rows[:n]).sum(1) / dampings[:n]
-        return ((fitted - own) / (1 - own)).cpu()
+        blocks = list(zip(torch.split(rows, BLOCK), torch.split(dampings, BLOCK), strict=True))
+        precision, pull = torch.eye(rows.shape[1]).to(rows), rows.new_zeros(rows.shape[1])
+        for block, own in blocks:
+            precision += block.T @ (block / own[:, None])
+            pull += block.T @ (1 / own)
+        covariance, found = torch.cholesky_inverse(torch.linalg.cholesky(precision)), []
+        for block, own in blocks:
+            reached = block @ covariance
+            leverage = (reached * block).sum(1) / own
+            found.append((reached @ pull - leverage) / (1 - leverage))
+        return torch.cat(found)[:n].cpu()
 
-    def opposed(self, budget: int | float) -> Tensor:
-        """Places [at most n - k] of rows that the others contradict, the most contradicted first, for `select`.
+    def opposed(self, budget: Budget, constraints: Constraints | None = None) -> Tensor:
+        """Places of rows that the others contradict, the most contradicted first, for `select`.
 
         The rows of the smallest `agreement`, half as many again as are negative: two thirds of the wrong labels of
-        MNIST and FashionMNIST are, and hardly any right one. As many as leave enough rows for the budget.
+        MNIST and FashionMNIST are, and hardly any right one. Only rows that could be picked, and none that must be; as
+        many as leave enough of them for the budget, of every source those with the largest agreement as far as its
+        minimum asks for them (`Admission.spared`).
+
+        Args:
+            budget: Number or share of the pool's rows, or `TokenBudget` with counts.
+            constraints: What the selection must keep to besides.
 
         Raises:
-            ValueError: If the budget does not fit the pool.
+            ValueError: If the budget does not fit the pool, or no selection can meet the constraints.
         """
-        n, agreement = len(self.features), self.agreement()
-        number = round(OPPOSED * int((agreement < 0).sum()))
-        return agreement.argsort(stable=True)[: min(number, n - resolve_budget(budget, n, "NewtonPool.opposed"))]
+        return self._opposed(self._admission("NewtonPool.opposed", budget, constraints))
 
-    def screened(self, budget: int | float) -> Self:
+    def screened(self, budget: Budget, constraints: Constraints | None = None) -> Self:
         """The pool without its `opposed` rows; ids stay as they are."""
-        gone = set(self.opposed(budget).tolist())
-        places = [row for row in range(len(self.features)) if row not in gone]
-        unseen = None if self.unseen is None else self.unseen[places]
-        ids = places if self.ids is None else [self.ids[row] for row in places]
-        return replace(self, features=self.features[places], unseen=unseen, ids=ids)
+        return self._without(self.opposed(budget, constraints))
 
-    def select(self, budget: int | float, rule: NewtonGreedy | None = None, *, screen: bool = True) -> Selection:
+    def select(
+        self,
+        budget: Budget,
+        rule: Newton | NewtonGreedy | None = None,
+        *,
+        screen: bool | None = None,
+        constraints: Constraints | None = None,
+    ) -> Selection:
         """Rows chosen by the rule, told what the features leave out.
 
         Args:
-            budget: Number or share of the pool's rows.
-            rule: None for the ridge that `ridge` finds, the smaller one at 0.95 for a screened pool.
-            screen: Whether rows that the others contradict are left out first, as far as the budget allows it
-                (`opposed`). A row that helps the targets it is chosen by may still be a wrong label.
+            budget: Number or share of the pool's rows, or `TokenBudget` with counts.
+            rule: `Newton`, whose ridge is found here, on a screened pool the smaller one at 0.95 for "random"; its
+                landmarks are those of the pool already. Where no row is predicted to lower the target, "saturate" is
+                "random". `NewtonGreedy` for a ridge of its own; None for ``Newton()``.
+            screen: Whether rows that the others contradict are left out first, as far as the budget and the
+                constraints allow it (`opposed`): a row that helps the targets it is chosen by may still be a wrong
+                label. None for what `Newton` says, and for True with `NewtonGreedy`.
+            constraints: What the selection must keep to besides, in the ids of the pool.
+
+        Returns:
+            The selection; ``positions`` are places in the whole pool, ``pool_size`` counts what the screen left.
 
         Raises:
-            ValueError: If the budget does not fit the pool.
+            ValueError: If the budget does not fit the pool, or no selection can meet the constraints.
         """
-        k = resolve_budget(budget, len(self.features), "NewtonPool.select")
-        pool = self.screened(k) if screen else self
-        if rule is None and screen:
-            rule = NewtonGreedy(pool.ridge(k).nearly(NEARLY_SCREENED))
-        selection = pool.interactions.select(pool.rule(k, rule), k)
-        places = {name: row for row, name in enumerate(self.ids or range(len(self.features)))}
-        return replace(selection, positions=tuple(places[name] for name in selection.ids))
+        rule = Newton() if rule is None else rule
+        admission = self._admission("NewtonPool.select", budget, constraints)
+        settled = budget if isinstance(budget, TokenBudget) else resolve_budget(budget, len(self._names))
+        rows, pool = expected_rows(settled, self._names), self
+        screens = (not isinstance(rule, Newton) or rule.screens) if screen is None else screen
+        if screens:
+            pool, settled = self._without(self._opposed(admission)), in_numbers(settled, self._names)
+            if constraints is not None:
+                closed = (~admission.optional).nonzero().flatten().tolist()
+                constraints = constraints.of_part(pool._names, [self._names[row] for row in closed])
+        greedy = pool._greedy(rule, min(rows, len(pool.features)), screens)
+        parts = (pool.interactions.values, pool.interactions.features, pool.interactions.metric)
+        selection = greedy.select(*parts, budget=settled, ids=pool._names, constraints=constraints)
+        places = {name: row for row, name in enumerate(self._names)}
+        positions = tuple(places[name] for name in selection.ids)
+        return replace(selection, positions=positions, screened=len(self._names) - len(pool._names))
 
     def rule(self, budget: int | float, rule: NewtonGreedy | None = None) -> NewtonGreedy:
         """The rule, told what the features leave out unless it knows; None for the ridge that `ridge` finds."""
-        if rule is None:
-            return NewtonGreedy(self.ridge(budget).best, self.unseen, self._unseen_ids)
+        rule = NewtonGreedy(self.ridge(budget).best) if rule is None else rule
         return rule if rule.unseen is not None else replace(rule, unseen=self.unseen, ids=self._unseen_ids)
 
     def saturating_rule(self, budget: int | float, saturation: float = 0.05) -> NewtonGreedy:
@@ -276,19 +310,62 @@ class NewtonPool:
         k = resolve_budget(budget, len(self.features), "NewtonPool.saturating_rule")
         return saturating_ridge(self.interactions, self.rule(k), k, saturation)
 
+    def _greedy(self, rule: Newton | NewtonGreedy, rows: int, screened: bool) -> NewtonGreedy:
+        """The rule with the ridge that it asks for, for about so many rows."""
+        if isinstance(rule, NewtonGreedy):
+            return self.rule(rows, rule)
+        number = rule.ridge
+        if isinstance(number, str):
+            number = self.ridge(rows).nearly(NEARLY_SCREENED if screened else NEARLY)
+        found = self.rule(rows, NewtonGreedy(number))
+        if rule.ridge != "saturate" or float(self.interactions.values.max()) <= 0:
+            return found
+        return saturating_ridge(self.interactions, found, rows, rule.saturation)
+
+    def _admission(self, call: str, budget: Budget, constraints: Constraints | None) -> Admission:
+        """What may be picked of the pool, before any screen."""
+        own = self.interactions
+        pool = Factors(own.values, own.features, own.metric, self._names)
+        return (Constraints() if constraints is None else constraints).admission(call, pool, budget)
+
+    def _opposed(self, admission: Admission) -> Tensor:
+        agreement = self.agreement()
+        optional = admission.optional.cpu()
+        by_id = torch.tensor(self._by_id)
+        order = by_id[agreement[by_id].argsort(stable=True)]
+        number = round(OPPOSED * int((optional & (agreement < 0)).sum()))
+        return torch.tensor(admission.spared(order[optional[order]][:number].tolist()), dtype=torch.long)
+
+    def _without(self, rows: Tensor) -> Self:
+        gone = set(rows.tolist())
+        places = [row for row in range(len(self._names)) if row not in gone]
+        unseen = None if self.unseen is None else self.unseen[places]
+        return replace(self, features=self.features[places], unseen=unseen, ids=[self._names[row] for row in places])
+
+    @property
+    def _names(self) -> Sequence[Id]:
+        return range(len(self.features)) if self.ids is None else self.ids
+
+    @property
+    def _by_id(self) -> list[int]:
+        """Places in the order of their ids: what is drawn by it is the same rows of a permuted pool."""
+        return sorted(range(len(self._names)), key=self._names.__getitem__)
+
     @property
     def _unseen_ids(self) -> Sequence[Id] | None:
         return None if self.unseen is None else self.ids
 
 
-def _draw_landmarks(loader: ExampleLoader, landmarks: int, seed: int) -> Tensor:
-    """Places [landmarks] in a pool, ascending."""
+def _draw_landmarks(loader: ExampleLoader, landmarks: int, seed: int) -> list[int]:
+    """Places [landmarks] in a pool, in the order of their ids; drawn among these, not among places."""
     n = loader.num_examples
     if isinstance(landmarks, bool) or not isinstance(landmarks, int) or not 0 <= landmarks <= n:
         raise ValueError(
             f"`NewtonPool.scored(landmarks={landmarks!r})`: expected an int from 0 to the pool's {n} rows."
         )
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:landmarks].sort().values
+    drawn = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:landmarks].sort().values
+    by_id = sorted(range(n), key=loader.ids.__getitem__)
+    return [by_id[k] for k in drawn.tolist()]
 
 
 def _newton_step(rows: Tensor, dampings: Tensor) -> Tensor:

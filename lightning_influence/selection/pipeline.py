@@ -23,6 +23,7 @@ from lightning_influence.selection.constraints import Constraints
 from lightning_influence.selection.greedy_rule import GreedyRule
 from lightning_influence.selection.interaction_greedy import InteractionGreedy
 from lightning_influence.selection.named_targets import NamedTargets
+from lightning_influence.selection.newton import Newton
 from lightning_influence.selection.newton_greedy import NewtonGreedy
 from lightning_influence.selection.newton_pool import NewtonPool
 from lightning_influence.selection.pool_audit import PoolAudit, audit_pool
@@ -33,7 +34,7 @@ from lightning_influence.selection.terms import Terms, settle_terms
 Weight: TypeAlias = Literal["saturate", "1/n", "1/k"] | float
 TargetCurvature: TypeAlias = Literal["empirical", "sampled"]
 Leaks: TypeAlias = Literal["warn", "refuse", "exclude"]
-Rule: TypeAlias = SelectionRule | Literal["newton"]
+Rule: TypeAlias = SelectionRule | Newton | Literal["newton"]
 
 CALL = "select_training_data"
 
@@ -77,25 +78,28 @@ def select_training_data(
             (`target_interactions`).
         across: With named sets: their weighted mean, or, with `TopK` alone, the largest or smallest of the weighted
             scores (`aggregate`).
-        rule: ``"newton"`` for `NewtonGreedy` with the ridge that random selections of the budget's size ask for
-            (`NewtonPool.ridge`), on the scores of the pool for the targets (`NewtonPool.scored`). None for the same, or
-            for ``InteractionGreedy()`` where a ``weight`` is given, which only that has.
+        rule: How rows are chosen. ``"newton"`` for ``Newton()``: `NewtonPool.select` by the scores of the pool for the
+            targets and up to 256 landmarks of its own, without the rows that the others contradict; with
+            ``Newton(ridge="saturate")`` for training of an epoch or two. `NewtonGreedy` has a ridge of its own, no
+            landmarks and no screen. None for ``"newton"``, or for ``InteractionGreedy()`` where a ``weight`` is given,
+            which only that has.
         curvature: None for ``EKFAC()``.
         loss: Per-example loss; None resolves it.
         components: What `find_components` takes.
         weight: Weight of one added row in the training objective: ``"saturate"`` for the largest at which the last
             picks still gain (`saturating_weight`), ``"1/k"`` or ``"1/n"`` as in the formula, or a number. Only the
-            rules that look at interactions depend on it; `NewtonGreedy` has its ridge instead.
+            rules that look at interactions depend on it; the Newton step has its ridge instead.
         target_curvature: Labels of the Fisher of the targets: their own, or sampled from the model.
         normalise: Whether gradients are scaled to unit length first, so that neither the length nor the loss of a
             row decides.
         batch_size: Examples per batch; None takes the loader's, or 32.
-        seed: Of sampled labels, of the targets and of the default curvature.
+        seed: Of landmarks, and of sampled labels, of the targets and of the default curvature.
         progress: Whether to show progress bars.
 
     Returns:
         The selection, in pick order, with gains as predicted changes of the mean target loss (of unit gradients
-        when ``normalise``); ``positions`` are those in the whole pool, like the ids.
+        when ``normalise``); ``positions`` are those in the whole pool, like the ids. By the Newton step its ``rule``
+        tells the ridge, and ``screened`` how many rows were left out first.
 
     Raises:
         ValueError: If an argument does not fit, no selection can meet the constraints, rows leak that must not, a
@@ -108,13 +112,15 @@ def select_training_data(
             stand in the target set; if no row is predicted to lower the target loss.
     """
     if rule is None:
-        rule = "newton" if weight == "saturate" else InteractionGreedy()
+        rule = Newton() if weight == "saturate" else InteractionGreedy()
+    rule = Newton() if rule == "newton" else rule
     _check_options(rule, curvature, weight, target_curvature, leaks)
     rows, named = ExampleLoader(pool, batch_size), NamedTargets(CALL, targets, target_weights, across, batch_size)
     named.check_rule(rule)
     goals = named.data
     if not isinstance(budget, TokenBudget):
         resolve_budget(budget, rows.num_examples, CALL)
+    _landmarks(rule, rows)
     curvature = EKFAC(seed=seed) if curvature is None else curvature
     influence = InfluenceFunction(model, curvature, loss, components, normalise=normalise, progress=progress)
     influence.check(goals)
@@ -122,26 +128,23 @@ def select_training_data(
         influence.check(ExampleLoader(goals, indices=goals.ids[:1]), labels="sampled")
     audit = audit_pool(model, rows, goals, loss, progress)
     rows = _usable(rows, audit, leaks, repeats=constraints is None or constraints.duplicates == "allow")
-    chooser = NewtonGreedy() if isinstance(rule, str) else rule
+    chooser = NewtonGreedy() if isinstance(rule, Newton) else rule
     terms = settle_terms(CALL, budget, constraints, chooser, rows, loss_for(model, rows, loss), audit)
+    told: dict[str, Any] = {"target_curvature": target_curvature, "shares": named.shares, "seed": seed}
+    told["landmarks"] = _landmarks(rule, rows)
     suspects = sorted(set(audit.suspects) & set(rows.ids))
     if suspects:
         influence.check(ExampleLoader(rows, indices=suspects))
     influence.fit(rows)
-    if rule == "newton" or isinstance(rule, NewtonGreedy):
-        told: dict[str, Any] = {"target_curvature": target_curvature, "shares": named.shares, "seed": seed}
-        problem = NewtonPool.scored(influence, goals, rows, **told)
-        given = rule if isinstance(rule, NewtonGreedy) else None
-        if float(problem.interactions.values.max()) <= 0:
-            _warn_of_harm("", stacklevel=3)
-        selection = _select(problem.interactions, problem.rule(terms.rows, given), terms)
+    if isinstance(rule, Newton | NewtonGreedy):
+        selection = _by_newton(NewtonPool.scored(influence, goals, rows, **told), rule, terms)
         return replace(selection, positions=tuple(int(name) for name in selection.ids))
     scores = influence.score(goals, rows)
     fisher = influence.score(goals, rows, labels="sampled", seed=seed) if target_curvature == "sampled" else None
     if named.across == "mean":
         interactions = named.interactions(scores, fisher, 1 / terms.rows)
-        number = resolve_weight(interactions, chooser, terms.rows, weight)
-        selection = replace(_select(interactions.reweighted(number), chooser, terms), weight=number)
+        number = resolve_weight(interactions, rule, terms.rows, weight)
+        selection = replace(_select(interactions.reweighted(number), rule, terms), weight=number)
     else:
         selection = replace(named.top(scores, terms), weight=1 / terms.rows)
     return replace(selection, positions=tuple(int(name) for name in selection.ids))
@@ -164,6 +167,17 @@ def resolve_weight(interactions: Interactions, rule: SelectionRule, budget: int,
 def _select(interactions: Interactions, rule: SelectionRule, terms: Terms) -> Selection:
     parts = (interactions.values, interactions.features, interactions.metric)
     return rule.select(*parts, budget=terms.budget, ids=interactions.ids, constraints=terms.constraints)
+
+
+def _landmarks(rule: SelectionRule | Newton, rows: ExampleLoader) -> int:
+    return rule.landmarks_of(rows.num_examples, CALL) if isinstance(rule, Newton) else 0
+
+
+def _by_newton(known: NewtonPool, rule: Newton | NewtonGreedy, terms: Terms) -> Selection:
+    if float(known.interactions.values.max()) <= 0:
+        _warn_of_harm("", stacklevel=4)
+    screen = isinstance(rule, Newton) and rule.screens
+    return known.select(terms.budget, rule, screen=screen, constraints=terms.constraints)
 
 
 def _saturating(interactions: Interactions, rule: SelectionRule, budget: int) -> float:
@@ -204,14 +218,15 @@ def _usable(rows: ExampleLoader, audit: PoolAudit, leaks: Leaks, repeats: bool) 
 
 
 def _check_options(rule: object, curvature: object, weight: object, target_curvature: str, leaks: str) -> None:
-    if not isinstance(rule, SelectionRule) and rule != "newton":
+    if not isinstance(rule, SelectionRule | Newton):
         raise ValueError(
-            f"`{CALL}(rule={rule!r})`: expected a SelectionRule, such as InteractionGreedy() or TopK(), or 'newton'."
+            f"`{CALL}(rule={rule!r})`: expected a SelectionRule, such as InteractionGreedy() or TopK(), Newton() or "
+            "'newton'."
         )
-    if weight != "saturate" and (rule == "newton" or isinstance(rule, NewtonGreedy)):
+    if weight != "saturate" and isinstance(rule, Newton | NewtonGreedy):
         raise ValueError(
             f"`{CALL}(weight={weight!r})`: the Newton step has no weight of a row. Expected its ridge instead, such "
-            "as rule=NewtonGreedy(ridge=0.3)."
+            "as rule=Newton(ridge=0.3)."
         )
     if not isinstance(curvature, Curvature | None):
         raise ValueError(f"`{CALL}(curvature={curvature!r})`: expected a Curvature, such as EKFAC(damping=0.1).")

@@ -50,6 +50,8 @@ class Selection:
         lower_bound: No k rows of this pool have a lower objective; None when not certified.
         weight: Weight of one added row in the training objective, which values and features contained; None when the
             rule was given plain numbers.
+        screened: Rows beside those of the pool size that were left out beforehand, as the others contradict them
+            (`NewtonPool.select`).
     """
 
     ids: tuple[Id, ...]
@@ -63,6 +65,7 @@ class Selection:
     pool_size: int
     lower_bound: float | None = None
     weight: float | None = None
+    screened: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -88,12 +91,12 @@ class Selection:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Selection:
-        """The inverse of `to_dict`.
+        """The inverse of `to_dict`; of earlier versions too, which knew of no ``screened``.
 
         Raises:
             ValueError: If a field is missing or unknown.
         """
-        known = {field.name for field in fields(cls)}
+        known, values = {field.name for field in fields(cls)}, {"screened": 0, **values}
         if set(values) != known:
             wrong = sorted(known ^ set(values))
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,13 +75,21 @@ def settle_terms(
     return Terms(settled, constraints, expected_rows(settled, rows.ids))
 
 
-def expected_rows(budget: int | TokenBudget, ids: list[Any]) -> int:
+def expected_rows(budget: int | TokenBudget, ids: Sequence[Id]) -> int:
     """About how many rows a budget is good for: with tokens, as many as there would be of mean length."""
     if isinstance(budget, int):
         return budget
     counts = of_rows("TokenBudget", ids, budget.counts)
     total = int(sum(counts))
     return min(max(1, round(budget.room(total) * len(counts) / total)), len(counts))
+
+
+def in_numbers(budget: int | TokenBudget, ids: Sequence[Id]) -> int | TokenBudget:
+    """The same for any part of the pool: a share of its tokens becomes a number of them."""
+    if isinstance(budget, int) or isinstance(budget.tokens, int):
+        return budget
+    total = sum(max(0, count) for count in of_rows("TokenBudget", ids, budget.counts))
+    return replace(budget, tokens=budget.room(total))
 
 
 def token_counts(call: str, rows: ExampleLoader, loss: ExampleLoss, of: TokenKind) -> dict[Id, int]:

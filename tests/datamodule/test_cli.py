@@ -9,7 +9,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning_influence.callbacks.records import find_records
 from lightning_influence.curvature import EKFAC
 from lightning_influence.estimators import ComponentDots
-from lightning_influence.selection import TopK
+from lightning_influence.selection import Newton, TopK
 from lightning_influence.store import Store
 
 CONFIG = """\
@@ -72,18 +72,48 @@ data:
 """
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning's own calls into jsonargparse
-def test_callbacks_and_datamodule_from_a_file(tmp_path, monkeypatch):
-    (tmp_path / "config.yaml").write_text(CONFIG.format(folder=tmp_path))
+NEWTON = """\
+    rule:
+      class_path: lightning_influence.Newton
+      init_args: {{ridge: saturate, landmarks: 0.5}}
+"""
+TOP = """\
+    rule:
+      class_path: lightning_influence.selection.TopK
+"""
+
+
+def from_file(folder, monkeypatch, config, command):
+    (folder / "config.yaml").write_text(config.format(folder=folder))
     monkeypatch.setattr("sys.argv", ["train.py"])  # Lightning warns when pytest has arguments of its own
-    cli = LightningCLI(
+    return LightningCLI(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
-        args=["fit", "--config", str(tmp_path / "config.yaml")],
+        args=[*command, "--config", str(folder / "config.yaml")],
         save_config_callback=None,
+        run=bool(command),
     )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (NEWTON, Newton("saturate", 0.5)),
+        ("    rule: {{ridge: 0.3, screen: false}}\n", Newton(0.3, screen=False)),
+        ("    rule: newton\n", "newton"),
+    ],
+)
+def test_the_newton_step_from_a_file(rule, expected, tmp_path, monkeypatch):
+    config = CONFIG.replace(TOP, rule).replace("    weight: 1/k\n", "")
+    assert from_file(tmp_path, monkeypatch, config, []).datamodule._options["rule"] == expected
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning's own calls into jsonargparse
+def test_callbacks_and_datamodule_from_a_file(tmp_path, monkeypatch):
+    cli = from_file(tmp_path, monkeypatch, CONFIG, ["fit"])
     selector = cli.datamodule
     assert selector.n == 20
     assert selector.selected_ids == [1, 2]

@@ -17,7 +17,7 @@ from lightning_influence.curvature import EKFAC, Identity
 from lightning_influence.datamodule import DataSelector
 from lightning_influence.errors import StoreError
 from lightning_influence.estimators.influence_function import InfluenceFunction
-from lightning_influence.selection import Constraints, InteractionGreedy, Random, TokenBudget, TopK
+from lightning_influence.selection import Constraints, InteractionGreedy, Newton, Random, TokenBudget, TopK
 from lightning_influence.selection.pipeline import select_training_data
 from lightning_influence.store import Store
 from tests.datamodule.toys import Data, Net, fit, numbered, numbers, trainer
@@ -143,6 +143,7 @@ def test_budget_and_rule_of_one_call() -> None:
     assert chosen.rule == repr(Random(seed=1))
     assert selector.select(Net(), progress=False).budget == 3
     assert selector.select(Net(), rule="newton", progress=False).rule.startswith("NewtonGreedy(ridge=")
+    assert selector.select(Net(), rule=Newton(0.7), progress=False).rule == "NewtonGreedy(ridge=0.7)"
     with pytest.raises(ValueError, match=r"`DataSelector.select\(budget=0\)`"):
         selector.select(Net(), budget=0)
 

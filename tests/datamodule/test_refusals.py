@@ -6,6 +6,8 @@ import pytest
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_influence.datamodule import DataSelector
+from lightning_influence.estimators.influence_function import InfluenceFunction
+from lightning_influence.selection import Newton
 from tests.datamodule.test_data_selector import NO_VALIDATION, select
 from tests.datamodule.toys import Data, Net, TrainOnly, fit, numbered, trainer
 
@@ -121,3 +123,10 @@ def test_a_file_that_save_has_not_written(text, tmp_path):
     ):
         fit(DataSelector(Data(), selection=str(file)), model)
     assert model.seen == []
+
+
+def test_more_landmarks_than_rows_are_refused_before_any_pass(monkeypatch):
+    selector = DataSelector(Data(), budget=3, rule=Newton(landmarks=17))
+    monkeypatch.setattr(InfluenceFunction, "fit", lambda *_: pytest.fail("a pass over the pool has begun"))
+    with pytest.raises(ValueError, match=r"rule=Newton\(landmarks=17\)\)`: expected at most the 16 rows of the pool"):
+        select(selector)

@@ -145,3 +145,24 @@ def test_both_from_one_pass(case: str, memory_budget: int) -> None:
         assert [getattr(one, name) for name in labels] == [getattr(other, name) for name in labels]
     blocks = 3 if memory_budget == 1 else 1
     assert len(seen) == blocks * 3 + (3 if blocks == 3 else 1)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("queries", [1, 2, 10**6])
+def test_queries_of_two_kinds_in_one_pass(case: str, queries: int) -> None:
+    """Blocks begin in one and end in the other; neither is put into batches with the other."""
+    model, data = (make() for make in CASES[case])
+    few, more = [data[k] for k in (2, 5, 7)], ExampleLoader(data, 2, indices=[8, 0, 1, 6])
+    sizes = {"normalise": True, "batch_size": None}
+    one = ekfac(model, data, **sizes)
+    estimator = ekfac(model, data, **sizes, memory_budget=queries * one._query_numel() * 8)
+    seen: list[int] = []
+    handle = model.register_forward_pre_hook(lambda module, inputs: seen.append(1))
+    found, squares = estimator.score_with_self(few, data, also=more)
+    handle.remove()
+    expected = torch.cat([one.score(few, data).values, one.score(more, data).values])
+    torch.testing.assert_close(found.values, expected)
+    torch.testing.assert_close(squares.values, one.self_influence(data).values)
+    assert found.query_ids == (0, 1, 2, 8, 0, 1, 6)
+    passes = {1: 7, 2: 4, 10**6: 1}[queries]  # over the data, which is one batch
+    assert len(seen) == passes + {1: 7, 2: 5, 10**6: 3}[queries]

@@ -109,6 +109,51 @@ def test_slack_is_negative_just_when_there_is_too_little_room(p: dict) -> None:
     assert (admission(p, pool([0.0] * len(p["groups"]))).slack < 0) == (least > p["room"])
 
 
+@given(p=problems(), data=st.data())
+def test_rows_that_can_be_spared(p: dict, data: st.DataObject) -> None:
+    """In rows just those without which a complete selection is left; in tokens none that closes a row or the rest."""
+    complete = complete_selections(p)
+    if not complete:
+        return
+    whole = admission(p, pool([0.0] * len(p["groups"])))
+    optional = [row for row in oracles.open_rows(p["first"], complete) if row not in p["first"]]
+    assert whole.optional.nonzero().flatten().tolist() == optional
+    order = data.draw(st.permutations(optional).map(lambda rows: rows[: data.draw(st.integers(0, len(rows)))]))
+    gone = whole.spared(order)
+    assert gone == [row for row in order if row in gone]
+    if p["sizes"] is None:
+        expected: list[int] = []
+        for row in order:
+            if any(not rows & {*expected, row} for rows in complete):
+                expected.append(row)
+        assert gone == expected
+    left = {**p, "allowed": [good and row not in gone for row, good in enumerate(p["allowed"])]}
+    rest = admission(left, pool([0.0] * len(p["groups"])))
+    assert rest.optional.nonzero().flatten().tolist() == [row for row in optional if row not in gone]
+    sizes = p["sizes"] or [1] * len(p["groups"])
+    spent = sum(sizes[row] for row in p["first"])
+    assert reached(p, sizes, left, gone) >= min(p["room"] - spent, reached(p, sizes, p, []))
+
+
+def reached(p: dict, sizes: list[int], left: dict, gone: list[int]) -> int:
+    """What the smallest optional rows come to, as many of each source as it may have."""
+    complete, total = complete_selections(p), 0
+    for k in range(3):
+        rows = [row for row in oracles.open_rows(p["first"], complete) if p["groups"][row] == k and row not in gone]
+        spare = p["high"][k] - sum(p["groups"][row] == k for row in p["first"])
+        total += sum(sorted(sizes[row] for row in rows if left["allowed"][row])[:spare])
+    return total
+
+
+def test_a_source_keeps_the_last_ones_of_its_minimum_and_a_maximum_spares_more() -> None:
+    rows, groups = pool([0.0] * 7), torch.tensor([0, 0, 0, 1, 1, 1, 1])
+    quotas = {"minimum": torch.tensor([2, 0]), "maximum": torch.tensor([3, 1])}
+    found = Admission(rows, torch.ones(7).bool(), 3, groups=groups, **quotas)
+    assert found.spared([2, 0, 1, 6, 5, 4, 3]) == [2, 6, 5, 4]
+    counted = Admission(rows, torch.ones(7).bool(), 9, sizes=torch.tensor([2, 9, 3, 1, 1, 1, 8]))
+    assert counted.spared(range(7)) == [0, 1, 2, 3, 4]  # 1 and 8 are left for 9
+
+
 def test_a_walk_passes_over_what_does_not_fit() -> None:
     found = Admission(pool([0.0] * 5), torch.ones(5).bool(), 7, sizes=torch.tensor([4, 5, 2, 1, 1]))
     found.walk(range(5))

@@ -220,6 +220,7 @@ def test_one_row(rule: SelectionRule) -> None:
         "pool_size": 1,
         "lower_bound": None,
         "weight": None,
+        "screened": 0,
     }
 
 

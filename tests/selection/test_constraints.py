@@ -267,3 +267,23 @@ def test_a_budget_in_tokens_is_never_exceeded_and_used_up(problem: Problem, data
         picks = problem.select(rule)
         assert sum(problem.tokens[problem.pool.ids[row]] for row in picks) <= problem.budget
         assert not oracles.open_rows(list(picks), problem.complete())
+
+
+def test_for_a_part_of_the_rows_they_were_settled_for() -> None:
+    """Sources that are gone are not named any more, and what could not be picked is excluded by name."""
+    whole = Constraints(
+        must_include=["a"],
+        exclude=["e"],
+        sources={"a": 1, "b": 2, "c": 3, "d": 2, "e": 1},
+        min_per_source={2: 1},
+        max_per_source={1: 4, 3: 2},
+        duplicates="first",
+        duplicate_keys=dict.fromkeys("abcde", 0),
+        costs=dict.fromkeys("abcde", 2.0),
+        stop_if_negative_gain=True,
+    )
+    part = whole.of_part(["a", "b", "e"], ["a", "c", "e"])
+    assert (part.must_include, part.exclude, part.duplicates, part.duplicate_keys) == (("a",), ("e",), "allow", None)
+    assert (part.min_per_source, part.max_per_source) == ({2: 1}, {1: 4})
+    assert (part.sources, part.costs, part.stop_if_negative_gain) == (whole.sources, whole.costs, True)
+    assert Constraints(exclude=[3]).of_part([1, 2], [3]).exclude == ()

@@ -72,7 +72,7 @@ def test_largest_and_smallest(model, scores, across):
 def test_the_newton_step_for_all_sets(model, scores, weights):
     shares = NamedTargets("f", NAMED, weights).shares
     influence = InfluenceFunction(model, Identity(), normalise=True, progress=False).fit(POOL)
-    problem = NewtonPool.scored(influence, NamedTargets("f", NAMED).data, POOL, shares=shares)
+    problem = NewtonPool.scored(influence, NamedTargets("f", NAMED).data, POOL, landmarks=30, shares=shares)
     expected = target_interactions(scores, SETS, weights, weight=1.0)
     torch.testing.assert_close(problem.interactions.values, expected.values.double(), rtol=1e-4, atol=1e-6)
     pairs = (part.pairwise(range(30)) for part in (problem.interactions, expected))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_influence import EKFAC, InfluenceFunction, ProjectedGram
 from lightning_influence.capture import ExampleLoader
-from lightning_influence.selection import NewtonGreedy, NewtonPool, RidgeChoice
+from lightning_influence.selection import NewtonGreedy, NewtonPool, RidgeChoice, newton_pool
 from lightning_influence.selection.newton_pool import RIDGES
 from lightning_influence.selection.saturation import saturating_ridge
 from tests.curvature.models import mlp, normal, points
@@ -210,8 +210,12 @@ def test_the_rule_for_short_training_begins_with_the_ridge_that_was_found() -> N
 
 @pytest.mark.parametrize("unseen", [None, normal(12, seed=5).square()])
 @pytest.mark.parametrize("shares", [None, torch.tensor([0.5, -0.2, 0.7])])
-def test_agreement_is_that_of_all_others(unseen: Tensor | None, shares: Tensor | None) -> None:
+@pytest.mark.parametrize("block", [4096, 5])
+def test_agreement_is_that_of_all_others(
+    unseen: Tensor | None, shares: Tensor | None, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One dense regression of the constant 1 without each row in turn."""
+    monkeypatch.setattr(newton_pool, "BLOCK", block)
     pool = NewtonPool(normal(12, 5), normal(3, 5, seed=1), unseen=unseen, shares=shares)
     left_out = torch.zeros(12).double() if unseen is None else unseen
     damping = 0.7 * float((pool.features.square().sum(1) + left_out).mean())

@@ -110,3 +110,8 @@ def test_fields_of_another_version(selection: Selection, change: dict[str, objec
     message = "`Selection.from_dict`: expected the fields that `to_dict` writes. Missing or unknown: " + names + "."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         Selection.from_dict(values)
+
+
+def test_records_of_before_rows_were_screened(selection: Selection) -> None:
+    values = {name: value for name, value in selection.to_dict().items() if name != "screened"}
+    assert Selection.from_dict(values).to_dict() == selection.to_dict()

@@ -12,7 +12,7 @@ from lightning_influence.capture import ExampleLoader, LanguageModelLoss
 from lightning_influence.estimators.influence_function import InfluenceFunction
 from lightning_influence.selection import Constraints, InteractionGreedy, Random, TokenBudget, TopK
 from lightning_influence.selection.pipeline import select_training_data
-from lightning_influence.selection.terms import expected_rows, token_counts
+from lightning_influence.selection.terms import expected_rows, in_numbers, token_counts
 from tests.curvature.models import Tokens, ready, texts
 
 
@@ -58,6 +58,13 @@ def test_about_how_many_rows_a_budget_is_good_for() -> None:
     assert expected_rows(TokenBudget(1, counts=counts), [0, 1, 2, 3]) == 1
     assert expected_rows(TokenBudget(0.5, counts=counts), [0, 1, 2, 3]) == 2
     assert expected_rows(TokenBudget(99, counts=counts), [0, 1, 2, 3]) == 4
+
+
+def test_a_share_of_the_tokens_is_a_number_of_them() -> None:
+    share, number = TokenBudget(0.5, counts=[1, 2, 3, 6]), TokenBudget(7, counts=[1, 2])
+    found = in_numbers(share, range(4))
+    assert isinstance(found, TokenBudget)
+    assert (found.tokens, found.counts, in_numbers(5, []), in_numbers(number, [])) == (6, share.counts, 5, number)
 
 
 X = torch.randn(24, 4, generator=torch.Generator().manual_seed(0)).double()

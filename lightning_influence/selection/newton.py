@@ -1,0 +1,102 @@
+"""What ``rule="newton"`` means: the settings of a selection by the Newton step, apart from any pool."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, Literal
+
+LANDMARKS = 256  # by default, or the whole of a smaller pool
+
+
+@dataclass(frozen=True)
+class Newton:
+    """Selection by the Newton step, whole: how rows are known, which are left out first, how far training fits them.
+
+    ``rule="newton"`` of `DataSelector` and `select_training_data` is ``Newton()``. Rows are chosen by `NewtonGreedy` on
+    the scores of a pool (`NewtonPool.scored`), by which its ridge is found too.
+
+    Attributes:
+        ridge: How far training fits a row. "random": the ridge that explains the targets from random selections of the
+            budget's size (`NewtonPool.ridge`), for training that goes on until every row is fitted. "saturate": that
+            or the smallest larger one at which the predicted gain lasts as long as the budget
+            (`NewtonPool.saturating_rule`), for short training of an epoch or two, as instruction tuning is. A number
+            > 0: itself, see `NewtonGreedy`.
+        landmarks: Rows of the pool that are scored like targets, so that rows can be told apart in more directions
+            than there are targets, and contradictions be seen: a number, or a share in (0, 1], rounded up. None for
+            256, or all rows of a smaller pool; 0 for none; as many as there are rows leave nothing out. They are drawn
+            at random by id, whatever is in them, so that another order of a data set, in which rows have other
+            positions, has other landmarks unless all rows are.
+            Their cost is that of as many more targets: their gradients are kept beside those of the targets, and once
+            both exceed the memory budget, the pool is passed over again for each block of them. [rows, targets +
+            landmarks] numbers in float64 are kept, and every pick takes time in proportion to them.
+        screen: Whether rows that the others contradict, such as wrong labels, are left out first, as far as the
+            budget and the constraints allow it (`NewtonPool.opposed`). None: unless the ridge is "saturate". How many
+            was settled on pools with wrong labels and long training; pools for short training were not screened in
+            anything that was measured.
+        saturation: Of "saturate": the share of the first gains that the last ones shall still have, in (0, 1).
+
+    >>> Newton(ridge="saturate").screens
+    False
+
+    Raises:
+        ValueError: If a word or number does not fit.
+    """
+
+    ridge: float | Literal["random", "saturate"] = "random"
+    landmarks: int | float | None = None
+    screen: bool | None = None
+    saturation: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.ridge not in ("random", "saturate") and not _between(self.ridge, 0, math.inf):
+            raise ValueError(
+                f"`Newton(ridge={self.ridge!r})`: expected 'random', 'saturate' or a finite number > 0, such as 0.1."
+            )
+        if self.landmarks is not None and not _is_count_or_share(self.landmarks):
+            raise ValueError(
+                f"`Newton(landmarks={self.landmarks!r})`: expected a number of rows as an int >= 0, a share of the "
+                f"pool in (0, 1], or None for {LANDMARKS}."
+            )
+        if type(self.screen) not in (bool, type(None)):
+            raise ValueError(f"`Newton(screen={self.screen!r})`: expected True, False or None.")
+        if not _between(self.saturation, 0, 1):
+            raise ValueError(f"`Newton(saturation={self.saturation!r})`: expected a share in (0, 1), such as 0.05.")
+
+    @property
+    def screens(self) -> bool:
+        """Whether rows that the others contradict are left out first."""
+        return self.ridge != "saturate" if self.screen is None else self.screen
+
+    def landmarks_of(self, rows: int, call: str = "Newton") -> int:
+        """Number of landmarks in a pool.
+
+        Args:
+            rows: Of the pool.
+            call: How the caller's code reads, for the error text.
+
+        Raises:
+            ValueError: If a number was given that is larger than the pool.
+        """
+        if self.landmarks is None:
+            return min(LANDMARKS, rows)
+        if isinstance(self.landmarks, float):
+            return math.ceil(self.landmarks * rows - 1e-9)  # 0.07 * 100 is a little above 7
+        if self.landmarks > rows:
+            raise ValueError(
+                f"`{call}(rule=Newton(landmarks={self.landmarks}))`: expected at most the {rows} rows of the pool. "
+                f"Pass 1.0 for all of them, or None for {LANDMARKS} or as many as there are."
+            )
+        return int(self.landmarks)
+
+
+def _between(number: Any, low: float, high: float) -> bool:
+    """Whether it is a number strictly between two others."""
+    return not isinstance(number, bool) and isinstance(number, Real) and low < float(number) < high
+
+
+def _is_count_or_share(number: Any) -> bool:
+    if isinstance(number, float):
+        return 0 < number <= 1
+    return not isinstance(number, bool) and isinstance(number, Integral) and int(number) >= 0
