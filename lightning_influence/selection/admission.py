@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Sequence
 
@@ -196,7 +196,8 @@ class Admission:
         needed, gone = min(self._room, supply), []
         for row in order:
             group = groups[row]
-            own, place = left[group], bisect_left(left[group], sizes[row])
+            own = left[group]
+            place = bisect_right(own, sizes[row]) - 1  # of equal ones the last, which costs least to delete
             dearer, less = (_without(own, place, count) for count in (least[group], most[group]))
             open_still = dearer == 0 or demand + dearer + self._largest <= self._room
             if len(own) > least[group] and supply + less >= needed and open_still:
