@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import EKFAC, KFAC, Exact, Identity, InfluenceFunction, Interactions, UnsupportedLayerError
-from lightning_influence.capture import ExampleLoader, FunctionLoss
+from lightning_influence.capture import FunctionLoss
 from lightning_influence.selection import (
     BlockGreedy,
     InteractionGreedy,
@@ -22,7 +22,7 @@ from lightning_influence.selection import (
     TopK,
 )
 from lightning_influence.selection.pipeline import choose, select_training_data
-from lightning_influence.selection.saturation import saturating_ridge, saturating_weight
+from lightning_influence.selection.saturation import saturating_weight
 from tests.curvature.models import Tokens, ready, texts
 
 CENTRES = 1.5 * torch.eye(3, 6).double()
@@ -43,7 +43,6 @@ def noisy(n: int = 120, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 X, Y, WRONG = noisy()
 POOL, TARGETS = TensorDataset(X, Y), TensorDataset(*blobs(40, seed=7))
-FEW = Subset(TARGETS, [0, 1])  # which leave most of a gradient unseen
 
 
 def trained(x: Tensor, y: Tensor, steps: int = 300) -> nn.Linear:
@@ -145,65 +144,6 @@ def test_the_newton_step_is_the_pieces_put_together(model: nn.Linear, target_cur
     alone = NewtonPool.scored(influence, TARGETS, POOL, **told)
     assert given.ids == alone.select(12, NewtonGreedy(2.0), screen=False).ids
     assert (given.rule, given.screened) == ("NewtonGreedy(ridge=2.0)", 0)
-
-
-@pytest.mark.parametrize("ridge", ["random", "saturate", 0.3])
-@pytest.mark.parametrize("landmarks", [None, 0, 7, 0.25])
-@pytest.mark.parametrize("screen", [None, True, False])
-def test_settings_of_the_newton_step_arrive(model: nn.Linear, ridge: Any, landmarks: Any, screen: Any) -> None:
-    influence = InfluenceFunction(model, Identity(), normalise=True).fit(POOL)
-    number = {None: 120, 0.25: 30}.get(landmarks, landmarks)
-    problem = NewtonPool.scored(influence, FEW, POOL, landmarks=number, seed=5)
-    screens = ridge != "saturate" if screen is None else screen
-    pool = problem.screened(12) if screens else problem
-    rule = NewtonGreedy(pool.ridge(12).nearly(0.95 if screens else 0.9) if isinstance(ridge, str) else ridge)
-    if ridge == "saturate":
-        rule = saturating_ridge(pool.interactions, pool.rule(12, rule), 12, 0.3)
-    expected = pool.select(12, rule, screen=False)
-    wanted = Newton(ridge, landmarks, screen, saturation=0.3)
-    found = selected(model, 12, targets=FEW, rule=wanted, curvature=Identity(), seed=5)
-    assert (found.ids, found.rule) == (expected.ids, expected.rule)
-    assert found.screened == 120 - len(pool.features) == found.screened
-    assert problem.select(12, wanted).to_dict() == found.to_dict()
-
-
-ORDER = torch.randperm(120, generator=torch.Generator().manual_seed(4)).tolist()
-
-
-@pytest.mark.parametrize("rule", [Newton(), Newton(landmarks=20), Newton("saturate", 0.5), NewtonGreedy()])
-def test_another_order_of_the_same_ids_selects_the_same_rows(model: nn.Linear, rule: Any) -> None:
-    """Landmarks, random selections and sampled labels are drawn by id."""
-    found = selected(model, 12, targets=FEW, rule=rule)
-    again = selected(model, 12, ExampleLoader(POOL, indices=ORDER), FEW, rule=rule)
-    assert (again.ids, again.positions, again.screened, again.rule) == (
-        found.ids,
-        found.ids,
-        found.screened,
-        found.rule,
-    )
-
-
-@pytest.mark.parametrize("screen", [True, False])
-def test_a_permuted_data_set_gives_the_permuted_selection_where_nothing_is_drawn(
-    model: nn.Linear, screen: bool
-) -> None:
-    """With all rows as landmarks and a given ridge; fewer landmarks are other rows."""
-    options: dict[str, Any] = {"rule": Newton(0.3, 1.0, screen), "curvature": EKFAC(fisher="empirical")}
-    found = selected(model, 12, targets=FEW, **options)
-    again = selected(model, 12, Subset(POOL, ORDER), FEW, **options)
-    assert tuple(ORDER[k] for k in again.ids) == found.ids
-    options["rule"] = Newton(0.3, 10, screen)
-    other = selected(model, 12, Subset(POOL, ORDER), FEW, **options)
-    assert tuple(ORDER[k] for k in other.ids) != selected(model, 12, targets=FEW, **options).ids
-
-
-def test_targets_and_landmarks_are_scored_in_one_pass(model: nn.Linear) -> None:
-    influence = InfluenceFunction(model, Identity()).fit(POOL)
-    seen: list[int] = []
-    handle = model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-    NewtonPool.scored(influence, TARGETS, POOL, landmarks=30)
-    handle.remove()
-    assert sum(seen) == 120 + 40 + 30 + 2 * 40  # pool, targets and landmarks once; targets for each other
 
 
 def test_settings_arrive(model: nn.Linear) -> None:
