@@ -54,15 +54,16 @@ class Passes(ABC):
     def _loader(self, data: Any) -> ExampleLoader:
         return ExampleLoader(data, self.batch_size)
 
-    def _query_blocks(self, loader: ExampleLoader) -> Iterator[ExampleLoader]:
-        step = self._block_size()
-        for k in range(0, loader.num_examples, step):
-            yield ExampleLoader(loader, indices=loader.ids[k : k + step])
-
-    def _block_size(self) -> int:
-        """Number of queries that fit into memory."""
+    @property
+    def queries_at_once(self) -> int:
+        """Number of queries whose gradients fit into the memory budget: they are scored in one pass over the data."""
         wide = any(parameter.dtype == torch.float64 for parameter in self.model.parameters())
         return max(1, self.memory_budget // (self._query_numel() * (8 if wide else 4)))
+
+    def _query_blocks(self, loader: ExampleLoader) -> Iterator[ExampleLoader]:
+        step = self.queries_at_once
+        for k in range(0, loader.num_examples, step):
+            yield ExampleLoader(loader, indices=loader.ids[k : k + step])
 
     def _query_numel(self) -> int:
         """Numbers that are kept of one query."""
@@ -96,7 +97,7 @@ class Passes(ABC):
     ) -> Iterator[dict[str, Tensor]]:
         """The same of several data, one after the other: a block may begin in one and end in the next."""
         kept: list[dict[str, Tensor]] = []
-        room = size = self._block_size()
+        room = size = self.queries_at_once
         for loader in loaders:
             left = loader.ids
             while left:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal
 
-LANDMARKS = 256  # by default, or the whole of a smaller pool
+LANDMARKS = 2048  # at most by default: time and memory of the choice itself grow with them
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,15 @@ class Newton:
             (`NewtonPool.saturating_rule`), for short training of an epoch or two, as instruction tuning is. A number
             > 0: itself, see `NewtonGreedy`.
         landmarks: Rows of the pool that are scored like targets, so that rows can be told apart in more directions
-            than there are targets, and contradictions be seen: a number, or a share in (0, 1], rounded up. None for
-            256, or all rows of a smaller pool; 0 for none; as many as there are rows leave nothing out. They are drawn
-            at random by id, whatever is in them, so that another order of a data set, in which rows have other
-            positions, has other landmarks unless all rows are.
+            than there are targets, and contradictions be seen: a number, or a share in (0, 1], rounded up; 0 for none;
+            as many as there are rows leave nothing out. They are drawn at random by id, whatever is in them, so that
+            another order of a data set, in which rows have other positions, has other landmarks unless all rows are.
             Their cost is that of as many more targets: their gradients are kept beside those of the targets, and once
-            both exceed the memory budget, the pool is passed over again for each block of them. [rows, targets +
-            landmarks] numbers in float64 are kept, and every pick takes time in proportion to them.
+            both exceed the estimator's ``memory_budget``, the pool is passed over again for each block of them.
+            [rows, targets + landmarks] numbers in float64 are kept, and every pick takes time in proportion to them.
+            None for as many as need neither another pass over the pool nor more than that memory for the numbers, and
+            2048 at most: all rows of a pool of that size for models or adapters of a few hundred thousand parameters,
+            hardly any where hundreds of millions are trained.
         screen: Whether rows that the others contradict, such as wrong labels, are left out first, as far as the
             budget and the constraints allow it (`NewtonPool.opposed`). None: unless the ridge is "saturate". How many
             was settled on pools with wrong labels and long training; pools for short training were not screened in
@@ -57,7 +59,7 @@ class Newton:
         if self.landmarks is not None and not _is_count_or_share(self.landmarks):
             raise ValueError(
                 f"`Newton(landmarks={self.landmarks!r})`: expected a number of rows as an int >= 0, a share of the "
-                f"pool in (0, 1], or None for {LANDMARKS}."
+                f"pool in (0, 1], or None for what comes without another pass."
             )
         if type(self.screen) not in (bool, type(None)):
             raise ValueError(f"`Newton(screen={self.screen!r})`: expected True, False or None.")
@@ -69,24 +71,25 @@ class Newton:
         """Whether rows that the others contradict are left out first."""
         return self.ridge != "saturate" if self.screen is None else self.screen
 
-    def landmarks_of(self, rows: int, call: str = "Newton") -> int:
+    def landmarks_of(self, rows: int, room: int = LANDMARKS, call: str = "Newton") -> int:
         """Number of landmarks in a pool.
 
         Args:
             rows: Of the pool.
+            room: For landmarks that need no further pass and not too much memory.
             call: How the caller's code reads, for the error text.
 
         Raises:
             ValueError: If a number was given that is larger than the pool.
         """
         if self.landmarks is None:
-            return min(LANDMARKS, rows)
+            return min(LANDMARKS, rows, room)
         if isinstance(self.landmarks, float):
             return math.ceil(self.landmarks * rows - 1e-9)  # 0.07 * 100 is a little above 7
         if self.landmarks > rows:
             raise ValueError(
                 f"`{call}(rule=Newton(landmarks={self.landmarks}))`: expected at most the {rows} rows of the pool. "
-                f"Pass 1.0 for all of them, or None for {LANDMARKS} or as many as there are."
+                "Pass 1.0 for all of them, or None for as many as come without another pass."
             )
         return int(self.landmarks)
 

@@ -79,7 +79,7 @@ def select_training_data(
         across: With named sets: their weighted mean, or, with `TopK` alone, the largest or smallest of the weighted
             scores (`aggregate`).
         rule: How rows are chosen. ``"newton"`` for ``Newton()``: `NewtonPool.select` by the scores of the pool for the
-            targets and up to 256 landmarks of its own, without the rows that the others contradict; with
+            targets and for landmarks of its own, without the rows that the others contradict; with
             ``Newton(ridge="saturate")`` for training of an epoch or two. `NewtonGreedy` has a ridge of its own, no
             landmarks and no screen. None for ``"newton"``, or for ``InteractionGreedy()`` where a ``weight`` is given,
             which only that has.
@@ -120,7 +120,8 @@ def select_training_data(
     goals = named.data
     if not isinstance(budget, TokenBudget):
         resolve_budget(budget, rows.num_examples, CALL)
-    _landmarks(rule, rows)
+    if isinstance(rule, Newton):
+        rule.landmarks_of(rows.num_examples, call=CALL)
     curvature = EKFAC(seed=seed) if curvature is None else curvature
     influence = InfluenceFunction(model, curvature, loss, components, normalise=normalise, progress=progress)
     influence.check(goals)
@@ -131,7 +132,7 @@ def select_training_data(
     chooser = NewtonGreedy() if isinstance(rule, Newton) else rule
     terms = settle_terms(CALL, budget, constraints, chooser, rows, loss_for(model, rows, loss), audit)
     told: dict[str, Any] = {"target_curvature": target_curvature, "shares": named.shares, "seed": seed}
-    told["landmarks"] = _landmarks(rule, rows)
+    told["landmarks"] = _landmarks(rule, influence, goals, rows)
     suspects = sorted(set(audit.suspects) & set(rows.ids))
     if suspects:
         influence.check(ExampleLoader(rows, indices=suspects))
@@ -169,8 +170,15 @@ def _select(interactions: Interactions, rule: SelectionRule, terms: Terms) -> Se
     return rule.select(*parts, budget=terms.budget, ids=interactions.ids, constraints=terms.constraints)
 
 
-def _landmarks(rule: SelectionRule | Newton, rows: ExampleLoader) -> int:
-    return rule.landmarks_of(rows.num_examples, CALL) if isinstance(rule, Newton) else 0
+def _landmarks(
+    rule: SelectionRule | Newton, influence: InfluenceFunction, goals: ExampleLoader, rows: ExampleLoader
+) -> int:
+    """Room for landmarks is what the last pass for the targets has left, and what a table of scores may take."""
+    if not isinstance(rule, Newton):
+        return 0
+    m, n, together = goals.num_examples, rows.num_examples, influence.queries_at_once
+    room = min(-m % together, influence.memory_budget // (8 * n) - m)
+    return rule.landmarks_of(n, max(0, room), CALL)
 
 
 def _by_newton(known: NewtonPool, rule: Newton | NewtonGreedy, terms: Terms) -> Selection:

@@ -19,7 +19,7 @@ def test_the_screen_is_for_long_training_unless_it_is_asked_for() -> None:
 
 @pytest.mark.parametrize(
     ("landmarks", "rows", "found"),
-    [(None, 300, 256), (None, 20, 20), (0, 20, 0), (20, 20, 20), (0.07, 100, 7), (0.01, 20, 1), (1.0, 20, 20)],
+    [(None, 3000, 2048), (None, 20, 20), (0, 20, 0), (20, 20, 20), (0.07, 100, 7), (0.01, 20, 1), (1.0, 20, 20)],
 )
 def test_number_of_landmarks(landmarks: Any, rows: int, found: int) -> None:
     assert Newton(landmarks=landmarks).landmarks_of(rows) == found
@@ -28,10 +28,10 @@ def test_number_of_landmarks(landmarks: Any, rows: int, found: int) -> None:
 def test_more_landmarks_than_rows() -> None:
     message = (
         "`select(rule=Newton(landmarks=21))`: expected at most the 20 rows of the pool. Pass 1.0 for all of them, or "
-        "None for 256 or as many as there are."
+        "None for as many as come without another pass."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        Newton(landmarks=21).landmarks_of(20, "select")
+        Newton(landmarks=21).landmarks_of(20, call="select")
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,11 @@ from torch.utils.data import Subset
 from lightning_influence import EKFAC, Identity, InfluenceFunction
 from lightning_influence.capture import ExampleLoader
 from lightning_influence.selection import Newton, NewtonGreedy, NewtonPool
+from lightning_influence.selection.pipeline import _landmarks
 from lightning_influence.selection.saturation import saturating_ridge
 from tests.selection.test_pipeline import POOL, TARGETS, X, Y, selected, trained
 
+GRADIENT = sum(parameter.numel() for parameter in trained(X, Y, steps=0).parameters())
 FEW = Subset(TARGETS, [0, 1])  # which leave most of a gradient unseen
 
 
@@ -42,6 +44,25 @@ def test_settings_of_the_newton_step_arrive(model: nn.Linear, ridge: Any, landma
     assert (found.ids, found.rule) == (expected.ids, expected.rule)
     assert found.screened == 120 - len(pool.features) == found.screened
     assert problem.select(12, wanted).to_dict() == found.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("rows", "budget", "room"),
+    [
+        (120, 2**30, 120),  # all of the pool
+        (3000, 2**30, 2048),
+        (16, 15 * 8 * GRADIENT, 13),  # what fits beside the two targets
+        (120, 8 * GRADIENT, 0),  # one at a time: each would be another pass
+        (120, 8 * 120 * 12, 10),  # a table of 120 x 12 scores
+        (120, 8 * 120, 0),
+    ],
+)
+def test_landmarks_by_default_come_without_another_pass(rows: int, budget: int, room: int) -> None:
+    influence = InfluenceFunction(trained(X, Y, steps=1), Identity(), memory_budget=budget)
+    pool = ExampleLoader(torch.utils.data.TensorDataset(X.repeat(25, 1)[:rows], Y.repeat(25)[:rows]))
+    assert _landmarks(Newton(), influence, ExampleLoader(FEW), pool) == room
+    assert _landmarks(Newton(landmarks=0.5), influence, ExampleLoader(FEW), pool) == rows / 2
+    assert _landmarks(NewtonGreedy(), influence, ExampleLoader(FEW), pool) == 0
 
 
 ORDER = torch.randperm(120, generator=torch.Generator().manual_seed(4)).tolist()
