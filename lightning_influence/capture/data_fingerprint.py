@@ -38,14 +38,6 @@ def data_fingerprint(dataset: Any, samples: int = 16) -> str:
     return digest.hexdigest()[:16]
 
 
-def example_digest(example: Any) -> bytes:
-    """Eight bytes over the values of one example, as in `data_fingerprint`."""
-    digest = hashlib.blake2b(digest_size=8)
-    for leaf in _leaves(example):
-        digest.update(_described(leaf))
-    return digest.digest()
-
-
 def _leaves(example: Any) -> Iterator[Any]:
     if isinstance(example, Mapping):
         for key in example:

@@ -8,22 +8,22 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from lightning_influence.capture.data_fingerprint import example_digest
+from lightning_influence.capture.example_digest import example_digest
 
 _WASTE = 5  # rows that were read over, by the length of the stream, before it is told
 
 
 class StreamedExamples(Dataset[Any]):
-    """The rows of a stream, numbered in its order; of each eight bytes are kept in memory.
+    """The rows of a stream, numbered in its order; of each sixteen bytes are kept in memory.
 
     For an IterableDataset of torch or Hugging Face ``datasets``, which recorders and estimators cannot address::
 
         GradientDotRecorder(queries, train=StreamedExamples(stream, 10_000))
 
     Rows asked for in ascending order are read in one go; to go back, the stream is begun anew. So it has to give the
-    same rows in the same order every time, which is checked row by row. Recordings, factors and scores take a few
-    passes over it. What jumps about, such as batches of examples of one length, is slow without ``keep``. Streams are
-    recorded from; `DataSelector` serves them as they are and does not choose from them.
+    same rows in the same order every time, which is checked row by row where their values can be told. Recordings,
+    factors and scores take a few passes over it. What jumps about, such as batches of examples of one length, is slow
+    without ``keep``. Streams are recorded from; `DataSelector` serves them as they are and does not choose from them.
 
     Args:
         stream: Anything that can be iterated again and again.
@@ -51,7 +51,7 @@ class StreamedExamples(Dataset[Any]):
         self._rows: Iterator[Any] = iter(())
         self._place: int | None = None  # of the next row; None where nothing is being read
         self._wasted = 0
-        self._told = False
+        self._told = self._blind = False
 
     def __len__(self) -> int:
         """Number of rows; the first time, without a length, the stream is read to its end."""
@@ -96,7 +96,7 @@ class StreamedExamples(Dataset[Any]):
         """The next row in a tuple, as it may be None itself; None at the end."""
         assert self._place is not None
         for row in self._rows:
-            digest = example_digest(row)
+            digest = example_digest(row) or self._unchecked(row)
             if self._place == len(self._digests):
                 self._digests.append(digest)
             elif self._digests[self._place] != digest:
@@ -110,6 +110,18 @@ class StreamedExamples(Dataset[Any]):
             self._place += 1
             return (row,)
         return None
+
+    def _unchecked(self, row: Any) -> bytes:
+        """Tell once that a row cannot be compared with itself."""
+        if not self._blind:
+            self._blind = True
+            warnings.warn(
+                f"StreamedExamples: {type(self.stream).__name__} gives rows ({type(row).__name__}) that hold more than "
+                "tensors, arrays, images, strings and numbers; whether it gives the same ones at every pass cannot be "
+                "checked. Make sure that it does, or pass keep=True.",
+                stacklevel=4,
+            )
+        return b""
 
     def _waste(self) -> None:
         """Tell once that rows are asked for in an order that a stream is bad at."""

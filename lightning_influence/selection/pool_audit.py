@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from tqdm.auto import tqdm
 
 from lightning_influence.capture import ExampleLoader, ExampleLoss
 from lightning_influence.capture.batches import leaves
+from lightning_influence.capture.example_digest import example_digest
 from lightning_influence.curvature.base import loss_for
 
 
@@ -58,8 +58,8 @@ def audit_pool(
 ) -> PoolAudit:
     """Read pool and targets once, without running the model."""
     found = loss_for(model, pool, loss)
-    goals = {_digest(targets.dataset[k]) for k in targets.ids} - {None}
-    seen: dict[str, int] = {}
+    goals = {example_digest(targets.dataset[k]) for k in targets.ids} - {None}
+    seen: dict[bytes, int] = {}
     unsupervised: list[int] = []
     duplicates: list[int] = []
     leaked: list[int] = []
@@ -71,7 +71,7 @@ def audit_pool(
             row = pool.dataset[k]
             if not all(map(_finite, leaves(row))):
                 suspects.append(k)
-            digest = _digest(row)
+            digest = example_digest(row)
             if digest is None:
                 continue
             if digest in seen:
@@ -84,17 +84,6 @@ def audit_pool(
     return PoolAudit(pool.num_examples, *map(tuple, found_rows))
 
 
-def _digest(row: Any) -> str | None:
-    """Equal for rows of equal values; None for a row that holds something whose value cannot be told."""
-    hashed = hashlib.sha256()
-    for leaf in leaves(row):
-        described = _described(leaf)
-        if described is None:
-            return None
-        hashed.update(len(described).to_bytes(8, "big") + described)  # so that 1, 23 is not 12, 3
-    return hashed.hexdigest()
-
-
 def _finite(leaf: Any) -> bool:
     """False for a number that is not; what is no number is not looked at."""
     if isinstance(leaf, Tensor):
@@ -103,15 +92,3 @@ def _finite(leaf: Any) -> bool:
         array = np.asarray(leaf)
         return array.dtype.kind not in "fc" or bool(np.isfinite(array).all())
     return not isinstance(leaf, float) or math.isfinite(leaf)
-
-
-def _described(leaf: Any) -> bytes | None:
-    if isinstance(leaf, Tensor):
-        values = leaf.detach().cpu().contiguous().reshape(-1)
-        return f"{leaf.dtype} {list(leaf.shape)}".encode() + values.view(torch.uint8).numpy().tobytes()
-    if hasattr(leaf, "__array_interface__"):  # numpy, images
-        array = np.asarray(leaf)
-        return None if array.dtype == object else f"{array.dtype} {array.shape}".encode() + array.tobytes()
-    if leaf is None or isinstance(leaf, str | bytes | int | float | complex):
-        return repr(leaf).encode()
-    return None

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import seed_everything
+from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_influence import (
@@ -134,6 +135,22 @@ def test_a_stream_that_changes_is_refused():
     assert rows[1] == 1
     with pytest.raises(ValueError, match=r"gave another row 2 than before.*keep=True"):
         rows[2]
+
+
+def test_rows_that_cannot_be_compared_are_told_once():
+    rows = StreamedExamples(Stream([{"x": object()}, {"x": object()}]), 2)
+    with pytest.warns(UserWarning, match=r"gives rows \(dict\).*cannot be checked.*keep=True"):
+        rows[0]
+    assert rows[1] is not rows[0]  # a second warning would be an error
+
+
+def test_images_that_change_are_noticed():
+    images = [Image.new("RGB", (2, 2), "red"), Image.new("RGB", (2, 2), "blue")]
+    rows = StreamedExamples(Stream(images), 2)
+    assert rows[1] is images[1]
+    images[0] = Image.new("RGB", (2, 2), "green")
+    with pytest.raises(ValueError, match="gave another row 0 than before"):
+        rows[0]
 
 
 def test_a_stream_that_is_too_short_is_refused():
