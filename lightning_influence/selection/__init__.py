@@ -44,6 +44,7 @@ from lightning_influence.selection.saturation import (
 from lightning_influence.selection.selection import Selection
 from lightning_influence.selection.sharded_greedy import select_sharded
 from lightning_influence.selection.stochastic_greedy import StochasticGreedy
+from lightning_influence.selection.submodlib import Submodlib
 from lightning_influence.selection.top_k import TopK
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
     "Selection",
     "SelectionRule",
     "StochasticGreedy",
+    "Submodlib",
     "TokenBudget",
     "TopK",
     "aggregate",

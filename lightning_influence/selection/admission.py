@@ -102,6 +102,11 @@ class Admission:
         return bool(self._first) or self._count > 0
 
     @property
+    def sizes(self) -> Tensor:
+        """Room that each row takes [n], int64: 1, or its tokens; not to be changed."""
+        return self._sizes
+
+    @property
     def slack(self) -> int:
         """Room left beyond what minimums and the rows picked first ask for; negative where they ask too much."""
         return self._room - int(self._demand.sum())

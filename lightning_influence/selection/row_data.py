@@ -41,8 +41,8 @@ def of_rows(call: str, names: Sequence[Id], given: Any) -> list[Any]:
     return [listed[name] for name in names]
 
 
-def unit_rows(call: str, pool: Factors, embeddings: Any, ids: Sequence[Id] | None) -> Tensor:
-    """Vectors of length 1 for the rows of a pool in the order of their ids, float64 [n, d]; a row of zeros stays so.
+def rows_by_id(call: str, pool: Factors, embeddings: Any, ids: Sequence[Id] | None) -> Tensor:
+    """Vectors for the rows of a pool in the order of their ids, float64 [n, d].
 
     The order of the ids is one that permuting the pool does not change, so that all that is computed from it is the
     same to the last bit.
@@ -68,7 +68,12 @@ def unit_rows(call: str, pool: Factors, embeddings: Any, ids: Sequence[Id] | Non
         names = [pool.ids[row] for row in by_id.tolist()]
         vectors = embeddings[torch.tensor(places(call, names, known))]
         check_finite(call, "embeddings", vectors.isfinite().all(1), names)
-    vectors = vectors.double()
+    return vectors.double()
+
+
+def unit_rows(call: str, pool: Factors, embeddings: Any, ids: Sequence[Id] | None) -> Tensor:
+    """`rows_by_id` at length 1; a row of zeros stays so."""
+    vectors = rows_by_id(call, pool, embeddings, ids)
     tiny = torch.finfo(torch.float64).tiny
     vectors = vectors / vectors.abs().amax(1, keepdim=True).clamp_min(tiny)
     lengths: Tensor = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
