@@ -21,10 +21,18 @@ from lightning_influence.datamodule.served_rows import ServedRows
 from lightning_influence.datamodule.target_data import checked_targets, target_data
 from lightning_influence.datamodule.warm_up import WarmUp
 from lightning_influence.datamodule.wrapper import PlainData, is_datamodule
-from lightning_influence.selection import Constraints, Random, Selection
+from lightning_influence.selection import Constraints, Newton, Random, Selection
 from lightning_influence.selection.aggregate import Reduce
 from lightning_influence.selection.budget import Budget
-from lightning_influence.selection.pipeline import Leaks, Rule, TargetCurvature, Weight, select_training_data
+from lightning_influence.selection.named_targets import NamedTargets
+from lightning_influence.selection.pipeline import (
+    Leaks,
+    Rule,
+    TargetCurvature,
+    Weight,
+    check_held_out,
+    select_training_data,
+)
 
 
 class DataSelector(ServedRows):
@@ -61,11 +69,14 @@ class DataSelector(ServedRows):
         target_weights: Of targets by name, see `select_training_data`.
         across: The same.
         rule: None for ``"newton"``, that is ``Newton()``, or for ``InteractionGreedy()`` where a ``weight`` is given.
-            ``Newton(ridge="saturate")`` is for a fit of an epoch or two on the selection.
+            ``Newton(ridge="saturate")`` is for a fit of an epoch or two on the selection; with
+            ``Newton(ridge="held-out")`` held-out targets choose the ridge, and ``selection.held_out`` tells how.
         curvature: None for ``EKFAC()``.
         components: Which parameters, see `find_components`; None for everything trainable.
         loss: Loss of one example, see `resolve_loss`.
-        weight: Of one selected row in the training objective, see `select_training_data`.
+        weight: Of one selected row in the training objective, see `select_training_data`; ``"held-out"`` as above.
+        folds: Of ``weight="held-out"``: parts of the targets, each of which is held out once; None for 5. `Newton` has
+            its own.
         target_curvature: Labels of the Fisher of the targets: their own, or sampled from the model.
         normalise: Whether gradients are scaled to unit length first.
         selection: Positions, or the path of a file written by `save`, which is read when a fit begins.
@@ -103,6 +114,7 @@ class DataSelector(ServedRows):
         components: str | list[str] | Callable[[str, nn.Module], bool] | None = None,
         loss: ExampleLoss | Callable[[nn.Module, Batch], Tensor] | None = None,
         weight: Weight = "saturate",
+        folds: int | None = None,
         target_curvature: TargetCurvature = "empirical",
         normalise: bool = True,
         selection: list[int] | str | None = None,
@@ -134,6 +146,7 @@ class DataSelector(ServedRows):
             "components": components,
             "loss": loss,
             "weight": weight,
+            "folds": folds,
             "target_curvature": target_curvature,
             "normalise": normalise,
         }
@@ -243,9 +256,27 @@ class DataSelector(ServedRows):
     def setup(self, stage: str) -> None:
         """Set the data up, and read the selection file before a fit."""
         super().setup(stage)
-        if stage == "fit" and self._reselection is not None:
+        if stage != "fit":
+            return
+        if self._reselection is not None:
             self._reselection.begin(self._trainer)
-            target_data(self._targets, self.pool_dataloader(), self._inner)
+        if self._reselection is not None or (self._chosen is None and self._holds_out):
+            self._check_targets()
+
+    @property
+    def _holds_out(self) -> bool:
+        rule, weight = self._options["rule"], self._options["weight"]
+        return weight == "held-out" or (isinstance(rule, Newton) and rule.ridge == "held-out")
+
+    def _check_targets(self) -> None:
+        """That there are targets, and enough of them where some are held out, told before the warm-up."""
+        goals = target_data(self._targets, self.pool_dataloader(), self._inner)
+        if not self._holds_out:
+            return
+        rule, weight, folds, factors, across = (
+            self._options[name] for name in ("rule", "weight", "folds", "target_weights", "across")
+        )
+        check_held_out("DataSelector", rule, weight, folds, NamedTargets("DataSelector", goals, factors, across))
 
     def state_dict(self) -> dict[str, Any]:
         """Selection, warm-up part and the wrapped datamodule's state, the former two as plain JSON."""

@@ -105,6 +105,7 @@ class Interactions:
         curvature_scores: Tensor | ScoreMatrix | None = None,
         ids: Sequence[Id] | None = None,
         *,
+        shares: Tensor | None = None,
         target_curvature: str | None = None,
     ) -> Interactions:
         """Interactions in the full gradient space from influence scores alone; no gradient is kept.
@@ -120,10 +121,13 @@ class Interactions:
             curvature_scores: ĝ_tᵀ H⁻¹ g_i [m', n] for target gradients under labels sampled from the model;
                 None: the target's own labels (empirical Fisher), that is ``scores`` again.
             ids: Ids of the pool examples; those of ``scores`` by default, else column numbers.
+            shares: Factor of each target example's loss in f, [m]; None for the mean, 1/m. Of the Fisher too, which is
+                indefinite where one is negative; sampled labels need one draw for each target then.
             target_curvature: What to call H_f in the description.
 
         Raises:
-            ValueError: If shapes or ids do not fit, the pool or the target is empty, or a score is NaN or infinite.
+            ValueError: If shapes or ids do not fit, the pool or the target is empty, a score is NaN or infinite, or
+                no share is other than 0.
         """
         table = _table("scores", scores)
         fisher = table if curvature_scores is None else _table("curvature_scores", curvature_scores)
@@ -135,8 +139,7 @@ class Interactions:
         weight = 1 / len(names) if weight is None else weight
         check_weight(_FROM_SCORES, weight)
         return cls(
-            weight * table.mean(dim=0, dtype=torch.float64),
-            (weight / math.sqrt(len(fisher)) * fisher.T).contiguous(),
+            *_weighed(table, fisher, weight, shares),
             ids=names,
             weight=weight,
             target_curvature=target_curvature or f"{'empirical' if fisher is table else 'sampled'} Fisher",
@@ -294,6 +297,25 @@ def _table(argument: str, scores: Tensor | ScoreMatrix) -> Tensor:
             f"examples, summed over components. Got shape {list(table.shape)}."
         )
     return table.float() if table.element_size() < 4 else table
+
+
+def _weighed(
+    table: Tensor, fisher: Tensor, weight: float, shares: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """b [n] and P [n, m'], with the signs of the shares as metric if one is negative."""
+    if shares is None:
+        rows = (weight / math.sqrt(len(fisher)) * fisher.T).contiguous()
+        return weight * table.mean(dim=0, dtype=torch.float64), rows, None
+    if not shares.shape == table.shape[:1] == fisher.shape[:1] or not bool(shares.isfinite().all() and shares.any()):
+        raise ValueError(
+            f"`{_FROM_SCORES}(shares={list(shares.shape)})`: expected one finite number for each of {len(table)} "
+            "targets, not all of them 0, and as many curvature scores."
+        )
+    factors = shares.to(table.device).double()
+    counted = factors != 0
+    rows = (fisher[counted] * (weight * factors[counted].abs().sqrt()).to(fisher)[:, None]).T.contiguous()
+    signs = factors[counted].sign()
+    return weight * (factors @ table.double()), rows, None if bool((signs > 0).all()) else torch.diag(signs)
 
 
 def _pool_ids(scores: Tensor | ScoreMatrix, table: Tensor, ids: Iterable[Id] | None) -> tuple[Id, ...]:

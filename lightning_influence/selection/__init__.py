@@ -26,14 +26,16 @@ from lightning_influence.selection.component_pairs import ComponentPairs
 from lightning_influence.selection.component_path import ComponentPath, ComponentSelection
 from lightning_influence.selection.constraints import Constraints
 from lightning_influence.selection.facility_location import FacilityLocation
-from lightning_influence.selection.held_out import HeldOutChoice, held_out_pool, held_out_ridge, held_out_weight
+from lightning_influence.selection.held_out import held_out_pool, held_out_ridge, held_out_weight
+from lightning_influence.selection.held_out_choice import HeldOutChoice
 from lightning_influence.selection.interaction_greedy import InteractionGreedy
 from lightning_influence.selection.newton import Newton
 from lightning_influence.selection.newton_greedy import NewtonGreedy
-from lightning_influence.selection.newton_pool import NewtonPool, RidgeChoice
+from lightning_influence.selection.newton_pool import NewtonPool
 from lightning_influence.selection.random import Random
 from lightning_influence.selection.redundancy_filter import RedundancyFilter
 from lightning_influence.selection.refinement import refine
+from lightning_influence.selection.ridge_choice import RidgeChoice
 from lightning_influence.selection.round_robin import RoundRobin
 from lightning_influence.selection.saturation import (
     gain_curve,

@@ -117,23 +117,12 @@ def target_interactions(
     shares = table.new_zeros(len(table))  # of each query in f
     for factor, members in zip(factors.tolist(), sets.values(), strict=True):
         shares[members] += factor / (len(sets) * len(members))
-    fisher = table if curvature_scores is None else _table(call, curvature_scores)
+    fisher = None if curvature_scores is None else _table(call, curvature_scores)
     if curvature_scores is not None:
         _check_same(call, scores, curvature_scores)
-    size = 1 / table.shape[1] if weight is None else weight
-    counted = shares != 0
-    features = size * (fisher * shares.abs().sqrt()[:, None])[counted].T
-    signs = shares[counted].sign()
-    return Interactions(
-        size * (shares @ table),
-        features.contiguous(),
-        None if bool((signs > 0).all()) else torch.diag(signs),
-        ids=scores.train_ids,
-        weight=size,
-        target_curvature=f"{'empirical' if curvature_scores is None else 'sampled'} Fisher of {len(sets)} targets",
-        damping=scores.damping,
-        reduction=scores.reduction,
-    )
+    kind = f"{'empirical' if curvature_scores is None else 'sampled'} Fisher of {len(sets)} targets"
+    found = Interactions.from_scores(table, weight, fisher, scores.train_ids, shares=shares, target_curvature=kind)
+    return replace(found, damping=scores.damping, reduction=scores.reduction)
 
 
 def select_by_scores(

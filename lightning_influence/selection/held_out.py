@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,42 +12,18 @@ from torch import Tensor
 from lightning_influence.estimators.interactions import Interactions, ScoreMatrix
 from lightning_influence.selection.base import SelectionRule
 from lightning_influence.selection.budget import resolve_budget
+from lightning_influence.selection.held_out_choice import FOLDS, HeldOutChoice, check_folds
 from lightning_influence.selection.interaction_greedy import InteractionGreedy
 from lightning_influence.selection.newton_greedy import NewtonGreedy
-from lightning_influence.selection.newton_pool import RIDGES, NewtonPool
+from lightning_influence.selection.ridge_choice import RIDGES
 from lightning_influence.selection.saturation import own_optimum
+
+if TYPE_CHECKING:
+    from lightning_influence.selection.newton_pool import NewtonPool  # which chooses its ridge here
 
 STEPS = tuple(10 ** (-k / 4) for k in range(13))  # weights as shares of a row's own optimum, down to a thousandth
 
 Moves: TypeAlias = Callable[[Tensor, Tensor], Iterator[Tensor]]  # places kept and held out -> x [held out, k], each
-
-
-@dataclass(frozen=True, eq=False)
-class HeldOutChoice:
-    """How much of the loss of held-out target examples selections explain, by candidate and by number of picks.
-
-    A step of the parameters moves target t by x_t along its own gradient, and its loss by −x_t + ½ x_t² with the
-    empirical Fisher as curvature. The explained share is the mean of 1 − (1 − x_t)² over target examples that were not
-    among those the rows were selected by: 0 where nothing is done to them, 1 at most, below 0 where they are harmed.
-
-    Attributes:
-        candidates: What was tried: ridges, weights, or names of pools.
-        explained: [number of candidates, k], float64: after each of the k picks. Where a line is flat, rows do nothing;
-            where it falls, they overshoot.
-    """
-
-    candidates: tuple[Any, ...]
-    explained: Tensor
-
-    @property
-    def best(self) -> Any:
-        """The candidate that explains most with all picks."""
-        return self.candidates[int(self.explained[:, -1].argmax())]
-
-    @property
-    def curve(self) -> Tensor:
-        """What the best candidate explains after each pick, [k]."""
-        return self.explained[int(self.explained[:, -1].argmax())]
 
 
 def held_out_ridge(
@@ -55,11 +31,13 @@ def held_out_ridge(
     budget: int | float,
     *,
     ridges: Sequence[float] = RIDGES,
-    folds: int = 5,
+    folds: int = FOLDS,
     seed: int = 0,
     screen: bool = True,
 ) -> HeldOutChoice:
     """Tries ridges of `NewtonGreedy`: rows selected by some of the targets, their Newton step measured on the others.
+
+    ``Newton(ridge="held-out")`` takes the best one, from `DataSelector` on.
 
     The whole selection is made anew for every fold and ridge, as `NewtonPool.select` makes it. What is measured is how
     well the step fits targets of the kind that the rows were selected by, and it says hardly anything against a small
@@ -91,22 +69,25 @@ def held_out_ridge(
             picks = known.interactions.select(known.rule(k, rule), k).positions
             yield _newton_moves(known, picks, rule.ridge, pool.targets[held_out])
 
-    return HeldOutChoice(tuple(ridges), _explained(call, _counts(pool), folds, seed, moves))
+    return HeldOutChoice(tuple(ridges), _explained(call, _counts(pool.targets, pool.shares), folds, seed, moves))
 
 
 def held_out_weight(
     scores: Tensor | ScoreMatrix,
     budget: int | float,
     *,
+    curvature_scores: Tensor | ScoreMatrix | None = None,
+    shares: Tensor | None = None,
     rule: SelectionRule | None = None,
     weights: Sequence[float] | None = None,
-    folds: int = 5,
+    folds: int = FOLDS,
     seed: int = 0,
 ) -> HeldOutChoice:
     """Tries weights of an added row: rows selected by some of the targets, their sum measured on the others.
 
     With the weight w the picks S move a target by x_t = w Σ_{i∈S} g_tᵀ H⁻¹ g_i, and the explained share is F+I of the
-    held-out targets ([IA] section 3.1, eq. 8) as a share of the most that it can be.
+    held-out targets ([IA] section 3.1, eq. 8) as a share of the most that it can be. ``weight="held-out"`` of
+    `select_training_data` and `DataSelector` takes the best one.
 
     On digits the weight was 0.8 to 1.4 times that of `saturating_weight`. Networks trained on the selections had the
     same held-out loss to 0.02 at 50 and 100 of 1000 rows, and at 200 with a fifth of wrong labels 0.48 against 0.35:
@@ -115,8 +96,12 @@ def held_out_weight(
     Args:
         scores: g_tᵀ H⁻¹ g_i [m, n], as `Interactions.from_scores` takes them.
         budget: Number or share of rows.
+        curvature_scores: The same [m, n] for one draw of labels of each target, for the Fisher that rows are selected
+            by; None: the targets' own labels.
+        shares: Factor of each target example in the loss that shall fall, [m]; None for the mean.
         rule: Rule that looks at interactions; None for ``InteractionGreedy()``.
-        weights: To try; None for `STEPS` of the weight at which a row is at its optimum alone.
+        weights: To try; None for `STEPS` of the weight at which a row is at its optimum alone, the median over the
+            best rows.
         folds: Parts of the targets, each of which is held out once; as many as there are targets leave out one.
         seed: Of the parts.
 
@@ -124,25 +109,27 @@ def held_out_weight(
         The choice, with the weights in the units of `Interactions.reweighted`.
 
     Raises:
-        ValueError: If the budget does not fit the pool, there are not from 2 to m folds, no weight is given, or a score
-            is not finite.
+        ValueError: If the budget does not fit the pool, there are not from 2 to m folds, no weight is given, a score
+            is not finite, there is not one curvature score for each target, or no weight is given and no row of the
+            pool is predicted to lower the target.
     """
     call = "held_out_weight"
-    everything = Interactions.from_scores(scores, 1.0)
-    table = (scores if isinstance(scores, Tensor) else scores.total()).detach().double()
+    everything = Interactions.from_scores(scores, 1.0, curvature_scores, shares=shares)
+    table, fisher = _numbers(scores), None if curvature_scores is None else _numbers(curvature_scores)
+    _check_pairs(call, "scores", len(table), fisher)
     k = resolve_budget(budget, len(everything), call)
     rule = InteractionGreedy() if rule is None else rule
-    tried = tuple(own_optimum(everything, k) * step for step in STEPS) if weights is None else tuple(weights)
+    tried = _weights(call, everything, k) if weights is None else tuple(weights)
     _check_candidates(call, tried, "weights")
 
     def moves(kept: Tensor, held_out: Tensor) -> Iterator[Tensor]:
-        known = Interactions.from_scores(table[kept], 1.0, ids=everything.ids)
+        drawn, counted = _part(fisher, kept), _part(shares, kept)
+        known = Interactions.from_scores(table[kept], 1.0, drawn, everything.ids, shares=counted)
         for weight in tried:
             picks = list(known.reweighted(weight).select(rule, k).positions)
             yield weight * table[held_out][:, picks].cumsum(1)
 
-    counts = table.new_ones(len(table)) / len(table)
-    return HeldOutChoice(tried, _explained(call, counts, folds, seed, moves))
+    return HeldOutChoice(tried, _explained(call, _counts(table, shares), folds, seed, moves))
 
 
 def held_out_pool(
@@ -150,7 +137,7 @@ def held_out_pool(
     budget: int | float,
     *,
     judge: str | None = None,
-    folds: int = 5,
+    folds: int = FOLDS,
     seed: int = 0,
     screen: bool = True,
 ) -> HeldOutChoice:
@@ -159,6 +146,9 @@ def held_out_pool(
     Each selects by some of the targets, as `NewtonPool.select` does. What they explain in their own units cannot be
     compared; one of them judges all selections, by its Newton step at the ridge that random rows ask for. On digits
     both kinds explained the same to 0.01, and networks trained on either were equally good within 0.02.
+
+    `DataSelector` has no such setting, for gradients of another kind ask for another pass over the pool: make both
+    pools, and give ``normalise`` what is best here.
 
     Args:
         pools: Of the same rows and targets in the same order, by name.
@@ -189,31 +179,32 @@ def held_out_pool(
             picks = _of_targets(call, pool, kept).select(k, screen=screen).positions
             yield _newton_moves(measure, picks, ridge, measure.targets[held_out])
 
-    return HeldOutChoice(tuple(pools), _explained(call, _counts(measure), folds, seed, moves))
+    counts = _counts(measure.targets, measure.shares)
+    return HeldOutChoice(tuple(pools), _explained(call, counts, folds, seed, moves))
 
 
 def _explained(call: str, counts: Tensor, folds: int, seed: int, moves: Moves) -> Tensor:
-    """Σ_t counts_t (1 − (1 − x_t)²) over all targets, each held out once, [number of candidates, k]."""
+    """Σ_t counts_t (1 − (1 − x_t)²) over all targets that count, each held out once, [number of candidates, k]."""
     parts = []
-    for kept, held_out in _folds(call, len(counts), folds, seed):
+    for kept, held_out in _folds(call, counts, folds, seed):
         own = counts[held_out]
         parts.append(torch.stack([own @ (1 - (1 - found).square()) for found in moves(kept, held_out)]))
     return torch.stack(parts).sum(0).cpu()
 
 
-def _counts(pool: NewtonPool) -> Tensor:
+def _counts(targets: Tensor, shares: Tensor | None) -> Tensor:
     """How much each target counts, [m], float64; negative for what shall be avoided; absolute values add up to 1."""
-    counts = pool.targets.new_ones(len(pool.targets)) if pool.shares is None else pool.shares.to(pool.targets)
+    counts = targets.new_ones(len(targets)) if shares is None else shares.to(targets)
     return counts.double() / counts.abs().sum()
 
 
-def _folds(call: str, m: int, folds: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Places of targets that are kept and held out, in parts of as equal size as can be."""
-    if isinstance(folds, bool) or not isinstance(folds, int) or not 2 <= folds <= m:
-        raise ValueError(f"`{call}(folds={folds!r})`: expected an int from 2 to the number of targets, {m}.")
-    order = torch.randperm(m, generator=torch.Generator().manual_seed(seed))
+def _folds(call: str, counts: Tensor, folds: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Places of targets that are kept and held out, in parts of as equal size as can be; those without a share stay."""
+    counted = counts.cpu().nonzero().flatten()
+    check_folds(f"{call}(folds={folds!r})", folds, len(counted))
+    order = counted[torch.randperm(len(counted), generator=torch.Generator().manual_seed(seed))]
     for held_out in order.tensor_split(folds):
-        kept = torch.ones(m, dtype=torch.bool)
+        kept = torch.ones(len(counts), dtype=torch.bool)
         kept[held_out] = False
         yield kept.nonzero().flatten(), held_out.sort().values
 
@@ -221,17 +212,29 @@ def _folds(call: str, m: int, folds: int, seed: int) -> Iterator[tuple[Tensor, T
 def _of_targets(call: str, pool: NewtonPool, places: Tensor) -> NewtonPool:
     """The pool with some of its targets."""
     fisher = pool.curvature_targets
-    if fisher is not None and len(fisher) != len(pool.targets):
+    _check_pairs(call, "pool", len(pool.targets), fisher)
+    goals, shares = pool.targets[places], _part(pool.shares, places)
+    return replace(pool, targets=goals, curvature_targets=_part(fisher, places), shares=shares)
+
+
+def _part(rows: Tensor | None, places: Tensor) -> Tensor | None:
+    return None if rows is None else rows[places]
+
+
+def _numbers(scores: Tensor | ScoreMatrix) -> Tensor:
+    """[m, n], float64."""
+    return (scores if isinstance(scores, Tensor) else scores.total()).detach().double()
+
+
+def _weights(call: str, pool: Interactions, k: int) -> tuple[float, ...]:
+    """Shares of the weight at which a row is at its optimum alone, among rows that lower the target."""
+    helpful = int((pool.values > 0).sum())
+    if not helpful:
         raise ValueError(
-            f"`{call}(pool)`: expected one curvature target for each of {len(pool.targets)} targets, so that both can "
-            f"be held out. Got {len(fisher)}."
+            f"{call}: no row of the pool is predicted to lower the target loss on its own. Check that pool and target "
+            "fit together, or give the weights."
         )
-    return replace(
-        pool,
-        targets=pool.targets[places],
-        curvature_targets=None if fisher is None else fisher[places],
-        shares=None if pool.shares is None else pool.shares[places],
-    )
+    return tuple(own_optimum(pool, min(k, helpful)) * step for step in STEPS)
 
 
 def _newton_moves(pool: NewtonPool, picks: Sequence[int], ridge: float, goals: Tensor) -> Tensor:
@@ -248,6 +251,14 @@ def _newton_moves(pool: NewtonPool, picks: Sequence[int], ridge: float, goals: T
     solved = torch.linalg.solve_triangular(factor, seen, upper=False)
     moves: Tensor = (solved[:, :-1] * solved[:, -1:]).cumsum(0).T
     return moves
+
+
+def _check_pairs(call: str, what: str, targets: int, fisher: Tensor | None) -> None:
+    if fisher is not None and len(fisher) != targets:
+        raise ValueError(
+            f"`{call}({what})`: expected one curvature target for each of {targets} targets, so that both can be held "
+            f"out. Got {len(fisher)}."
+        )
 
 
 def _check_candidates(call: str, candidates: Sequence[object], what: str) -> None:

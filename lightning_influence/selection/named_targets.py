@@ -108,6 +108,11 @@ class NamedTargets:
         parts = [torch.full((len(ids),), weights.get(name, 1.0) / len(ids)) for name, ids in self.sets.items()]
         return torch.cat(parts).double() / len(self.sets)
 
+    @property
+    def counted(self) -> int:
+        """Number of examples whose share is not 0."""
+        return self.data.num_examples if self.shares is None else int(self.shares.count_nonzero())
+
     def interactions(self, scores: Scores, fisher: Scores | None, weight: float) -> Interactions:
         """For the mean loss of all examples, or the weighted mean over the sets of their mean losses."""
         if self.sets is None:

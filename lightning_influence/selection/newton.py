@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal
 
+from lightning_influence.selection.held_out_choice import FOLDS, check_folds
+
 LANDMARKS = 2048  # at most by default: time and memory of the choice itself grow with them
 
 
@@ -21,8 +23,10 @@ class Newton:
         ridge: How far training fits a row. "random": the ridge that explains the targets from random selections of the
             budget's size (`NewtonPool.ridge`), for training that goes on until every row is fitted. "saturate": that
             or the smallest larger one at which the predicted gain lasts as long as the budget
-            (`NewtonPool.saturating_rule`), for short training of an epoch or two, as instruction tuning is. A number
-            > 0: itself, see `NewtonGreedy`.
+            (`NewtonPool.saturating_rule`), for short training of an epoch or two, as instruction tuning is.
+            "held-out": the one whose selections by some of the target examples explain the others best
+            (`held_out_ridge`), which selects anew for each of 13 ridges and for each fold; what constraints ask for
+            is not looked at there. A number > 0: itself, see `NewtonGreedy`.
         landmarks: Rows of the pool that are scored like targets, so that rows can be told apart in more directions
             than there are targets, and contradictions be seen: a number, or a share in (0, 1], rounded up; 0 for none;
             as many as there are rows leave nothing out. They are drawn at random by id, whatever is in them, so that
@@ -38,6 +42,8 @@ class Newton:
             was settled on pools with wrong labels and long training; pools for short training were not screened in
             anything that was measured.
         saturation: Of "saturate": the share of the first gains that the last ones shall still have, in (0, 1).
+        folds: Of "held-out": parts of the target examples, each of which is held out once; from 2 to as many as there
+            are targets.
 
     >>> Newton(ridge="saturate").screens
     False
@@ -46,15 +52,17 @@ class Newton:
         ValueError: If a word or number does not fit.
     """
 
-    ridge: float | Literal["random", "saturate"] = "random"
+    ridge: float | Literal["random", "saturate", "held-out"] = "random"
     landmarks: int | float | None = None
     screen: bool | None = None
     saturation: float = 0.05
+    folds: int = FOLDS
 
     def __post_init__(self) -> None:
-        if self.ridge not in ("random", "saturate") and not _between(self.ridge, 0, math.inf):
+        if self.ridge not in ("random", "saturate", "held-out") and not _between(self.ridge, 0, math.inf):
             raise ValueError(
-                f"`Newton(ridge={self.ridge!r})`: expected 'random', 'saturate' or a finite number > 0, such as 0.1."
+                f"`Newton(ridge={self.ridge!r})`: expected 'random', 'saturate', 'held-out' or a finite number > 0, "
+                "such as 0.1."
             )
         if self.landmarks is not None and not _is_count_or_share(self.landmarks):
             raise ValueError(
@@ -65,6 +73,8 @@ class Newton:
             raise ValueError(f"`Newton(screen={self.screen!r})`: expected True, False or None.")
         if not _between(self.saturation, 0, 1):
             raise ValueError(f"`Newton(saturation={self.saturation!r})`: expected a share in (0, 1), such as 0.05.")
+        if type(self.folds) is not int or self.folds < 2:
+            raise ValueError(f"`Newton(folds={self.folds!r})`: expected an int >= 2.")
 
     @property
     def screens(self) -> bool:
@@ -92,6 +102,19 @@ class Newton:
                 "Pass 1.0 for all of them, or None for as many as come without another pass."
             )
         return int(self.landmarks)
+
+    def check_targets(self, targets: int, call: str = "Newton") -> None:
+        """Refuses to hold out parts of too few target examples.
+
+        Args:
+            targets: Number of examples that count.
+            call: How the caller's code reads, for the error text.
+
+        Raises:
+            ValueError: If the ridge is "held-out" and there are fewer targets than folds.
+        """
+        if self.ridge == "held-out":
+            check_folds(f"{call}(rule=Newton(folds={self.folds}))", self.folds, targets)
 
 
 def _between(number: Any, low: float, high: float) -> bool:

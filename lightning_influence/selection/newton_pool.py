@@ -19,45 +19,16 @@ from lightning_influence.estimators.whitened import score_features, thinned, uns
 from lightning_influence.selection.admission import Admission
 from lightning_influence.selection.budget import Budget, TokenBudget, resolve_budget
 from lightning_influence.selection.constraints import Constraints
+from lightning_influence.selection.held_out import held_out_ridge
 from lightning_influence.selection.newton import Newton
 from lightning_influence.selection.newton_greedy import NewtonGreedy
+from lightning_influence.selection.ridge_choice import NEARLY, NEARLY_SCREENED, RIDGES, RidgeChoice
 from lightning_influence.selection.saturation import saturating_ridge
 from lightning_influence.selection.selection import Selection
 from lightning_influence.selection.terms import expected_rows, in_numbers
 
-RIDGES = tuple(10 ** (k / 4) for k in range(-8, 5))  # 0.01 to 10, four to a decade
-NEARLY = 0.9  # of what the best ridge explains counts as no less
-NEARLY_SCREENED = 0.95  # the same where rows that the others contradict are gone
 BLOCK = 4096  # rows at a time
 OPPOSED = 1.5  # rows that count as contradicted for each with a negative agreement, as two of three wrong labels have
-
-
-@dataclass(frozen=True, eq=False)
-class RidgeChoice:
-    """How well random rows predict the targets, by ridge.
-
-    Attributes:
-        ridges: Tried, ascending; as `NewtonGreedy` takes them.
-        errors: Mean over draws of ‖1 − Φ_t w‖² / m, [number of ridges]; 1 is what no row at all gives.
-    """
-
-    ridges: tuple[float, ...]
-    errors: Tensor
-
-    @property
-    def best(self) -> float:
-        """The largest ridge that explains at least 0.9 of what the best one does."""
-        return self.nearly(NEARLY)
-
-    def nearly(self, share: float) -> float:
-        """The largest ridge that explains at least this share of what the best one does; 1 − error is what it explains.
-
-        The curve is flat towards small ridges, down to rows that are fitted to the last bit; but networks trained on
-        wrong labels do not gain by that. Where little is lost, the larger ridge is the safer one.
-        """
-        explained = 1 - self.errors
-        most = explained.max()
-        return self.ridges[int((explained >= most - (1 - share) * most.abs()).nonzero()[-1])]
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,25 +230,32 @@ class NewtonPool:
 
         Args:
             budget: Number or share of the pool's rows, or `TokenBudget` with counts.
-            rule: `Newton`, whose ridge is found here, on a screened pool the smaller one at 0.95 for "random"; its
-                landmarks are those of the pool already. Where no row is predicted to lower the target, "saturate" is
-                "random". `NewtonGreedy` for a ridge of its own; None for ``Newton()``.
+            rule: `Newton`, whose ridge is found here, on a screened pool the smaller one at 0.95 for "random"; for
+                "held-out" every fold is screened by the targets that it keeps. Its landmarks are those of the pool
+                already. Where no row is predicted to lower the target, "saturate" is "random". `NewtonGreedy` for a
+                ridge of its own; None for ``Newton()``.
             screen: Whether rows that the others contradict are left out first, as far as the budget and the
                 constraints allow it (`opposed`): a row that helps the targets it is chosen by may still be a wrong
                 label. None for what `Newton` says, and for True with `NewtonGreedy`.
             constraints: What the selection must keep to besides, in the ids of the pool.
 
         Returns:
-            The selection; ``positions`` are places in the whole pool, ``pool_size`` counts what the screen left.
+            The selection; ``positions`` are places in the whole pool, ``pool_size`` counts what the screen left, and
+            ``held_out`` tells how a ridge of "held-out" was chosen.
 
         Raises:
-            ValueError: If the budget does not fit the pool, or no selection can meet the constraints.
+            ValueError: If the budget does not fit the pool, no selection can meet the constraints, or there are fewer
+                targets than folds to hold out.
         """
         rule = Newton() if rule is None else rule
         admission = self._admission("NewtonPool.select", budget, constraints)
         settled = budget if isinstance(budget, TokenBudget) else resolve_budget(budget, len(self._names))
         rows, pool = expected_rows(settled, self._names), self
         screens = (not isinstance(rule, Newton) or rule.screens) if screen is None else screen
+        choice = None
+        if isinstance(rule, Newton) and rule.ridge == "held-out":
+            choice = held_out_ridge(self, rows, folds=rule.folds, screen=screens)
+            rule = replace(rule, ridge=choice.best)
         if screens:
             pool, settled = self._without(self._opposed(admission)), in_numbers(settled, self._names)
             if constraints is not None:
@@ -288,7 +266,8 @@ class NewtonPool:
         selection = greedy.select(*parts, budget=settled, ids=pool._names, constraints=constraints)
         places = {name: row for row, name in enumerate(self._names)}
         positions = tuple(places[name] for name in selection.ids)
-        return replace(selection, positions=positions, screened=len(self._names) - len(pool._names))
+        screened = len(self._names) - len(pool._names)
+        return replace(selection, positions=positions, screened=screened, held_out=choice)
 
     def rule(self, budget: int | float, rule: NewtonGreedy | None = None) -> NewtonGreedy:
         """The rule, told what the features leave out unless it knows; None for the ridge that `ridge` finds."""

@@ -16,11 +16,14 @@ from lightning_influence.curvature import EKFAC, Curvature
 from lightning_influence.curvature.base import loss_for
 from lightning_influence.estimators.influence_function import InfluenceFunction
 from lightning_influence.estimators.interactions import Interactions
+from lightning_influence.estimators.scores import Scores
 from lightning_influence.selection.aggregate import Reduce, Weights
 from lightning_influence.selection.base import SelectionRule
 from lightning_influence.selection.budget import Budget, TokenBudget, resolve_budget
 from lightning_influence.selection.constraints import Constraints
 from lightning_influence.selection.greedy_rule import GreedyRule
+from lightning_influence.selection.held_out import held_out_weight
+from lightning_influence.selection.held_out_choice import FOLDS, HeldOutChoice, check_folds
 from lightning_influence.selection.interaction_greedy import InteractionGreedy
 from lightning_influence.selection.named_targets import NamedTargets
 from lightning_influence.selection.newton import Newton
@@ -31,7 +34,8 @@ from lightning_influence.selection.saturation import saturating_weight
 from lightning_influence.selection.selection import Selection
 from lightning_influence.selection.terms import Terms, settle_terms
 
-Weight: TypeAlias = Literal["saturate", "1/n", "1/k"] | float
+KnownWeight: TypeAlias = Literal["saturate", "1/n", "1/k"] | float  # from interactions alone
+Weight: TypeAlias = Literal["held-out"] | KnownWeight
 TargetCurvature: TypeAlias = Literal["empirical", "sampled"]
 Leaks: TypeAlias = Literal["warn", "refuse", "exclude"]
 Rule: TypeAlias = SelectionRule | Newton | Literal["newton"]
@@ -54,6 +58,7 @@ def select_training_data(
     loss: ExampleLoss | Callable[[nn.Module, Any], Tensor] | None = None,
     components: Select | list[Component] = None,
     weight: Weight = "saturate",
+    folds: int | None = None,
     target_curvature: TargetCurvature = "empirical",
     normalise: bool = True,
     batch_size: int | None = None,
@@ -80,15 +85,18 @@ def select_training_data(
             scores (`aggregate`).
         rule: How rows are chosen. ``"newton"`` for ``Newton()``: `NewtonPool.select` by the scores of the pool for the
             targets and for landmarks of its own, without the rows that the others contradict; with
-            ``Newton(ridge="saturate")`` for training of an epoch or two. `NewtonGreedy` has a ridge of its own, no
-            landmarks and no screen. None for ``"newton"``, or for ``InteractionGreedy()`` where a ``weight`` is given,
-            which only that has.
+            ``Newton(ridge="saturate")`` for training of an epoch or two; with ``Newton(ridge="held-out")`` by
+            `held_out_ridge`. `NewtonGreedy` has a ridge of its own, no landmarks and no screen. None for ``"newton"``,
+            or for ``InteractionGreedy()`` where a ``weight`` is given, which only that has.
         curvature: None for ``EKFAC()``.
         loss: Per-example loss; None resolves it.
         components: What `find_components` takes.
         weight: Weight of one added row in the training objective: ``"saturate"`` for the largest at which the last
-            picks still gain (`saturating_weight`), ``"1/k"`` or ``"1/n"`` as in the formula, or a number. Only the
-            rules that look at interactions depend on it; the Newton step has its ridge instead.
+            picks still gain (`saturating_weight`), ``"held-out"`` for the one whose selections by some of the targets
+            explain the others best (`held_out_weight`), ``"1/k"`` or ``"1/n"`` as in the formula, or a number. Only
+            the rules that look at interactions depend on it; the Newton step has its ridge instead.
+        folds: Of ``weight="held-out"``: parts of the target examples, each of which is held out once; None for 5. Of
+            the ridge, `Newton` has its own.
         target_curvature: Labels of the Fisher of the targets: their own, or sampled from the model.
         normalise: Whether gradients are scaled to unit length first, so that neither the length nor the loss of a
             row decides.
@@ -99,12 +107,14 @@ def select_training_data(
     Returns:
         The selection, in pick order, with gains as predicted changes of the mean target loss (of unit gradients
         when ``normalise``); ``positions`` are those in the whole pool, like the ids. By the Newton step its ``rule``
-        tells the ridge, and ``screened`` how many rows were left out first.
+        tells the ridge, and ``screened`` how many rows were left out first; else ``weight`` tells the weight. How
+        either was chosen by held-out targets is ``held_out``.
 
     Raises:
-        ValueError: If an argument does not fit, no selection can meet the constraints, rows leak that must not, a
-            target has nothing supervised or a loss that is not finite, or a pool row holds a number that makes its
-            loss so, before any pass of the model over the pool; if the loss of another pool row is not finite.
+        ValueError: If an argument does not fit, no selection can meet the constraints, rows leak that must not, there
+            are fewer targets than folds to hold out, a target has nothing supervised or a loss that is not finite, or
+            a pool row holds a number that makes its loss so, before any pass of the model over the pool; if the loss
+            of another pool row is not finite.
         UnsupportedLayerError: If the model has no component.
 
     Warns:
@@ -117,6 +127,7 @@ def select_training_data(
     _check_options(rule, curvature, weight, target_curvature, leaks)
     rows, named = ExampleLoader(pool, batch_size), NamedTargets(CALL, targets, target_weights, across, batch_size)
     named.check_rule(rule)
+    check_held_out(CALL, rule, weight, folds, named)
     goals = named.data
     if not isinstance(budget, TokenBudget):
         resolve_budget(budget, rows.num_examples, CALL)
@@ -124,9 +135,7 @@ def select_training_data(
         rule.landmarks_of(rows.num_examples, call=CALL)
     curvature = EKFAC(seed=seed) if curvature is None else curvature
     influence = InfluenceFunction(model, curvature, loss, components, normalise=normalise, progress=progress)
-    influence.check(goals)
-    if "sampled" in (target_curvature, None if curvature.fitted else curvature.fisher):
-        influence.check(ExampleLoader(goals, indices=goals.ids[:1]), labels="sampled")
+    _check_targets(influence, goals, "sampled" in (target_curvature, None if curvature.fitted else curvature.fisher))
     audit = audit_pool(model, rows, goals, loss, progress)
     rows = _usable(rows, audit, leaks, repeats=constraints is None or constraints.duplicates == "allow")
     chooser = NewtonGreedy() if isinstance(rule, Newton) else rule
@@ -144,25 +153,68 @@ def select_training_data(
     fisher = influence.score(goals, rows, labels="sampled", seed=seed) if target_curvature == "sampled" else None
     if named.across == "mean":
         interactions = named.interactions(scores, fisher, 1 / terms.rows)
-        number = resolve_weight(interactions, rule, terms.rows, weight)
-        selection = replace(_select(interactions.reweighted(number), rule, terms), weight=number)
+        choice = _held_out(interactions, rule, scores, fisher, named, folds, terms) if weight == "held-out" else None
+        plain = weight if weight != "held-out" else "saturate" if choice is None else choice.best
+        number = resolve_weight(interactions, rule, terms.rows, plain)
+        selection = replace(_select(interactions.reweighted(number), rule, terms), weight=number, held_out=choice)
     else:
         selection = replace(named.top(scores, terms), weight=1 / terms.rows)
     return replace(selection, positions=tuple(int(name) for name in selection.ids))
 
 
-def choose(interactions: Interactions, rule: SelectionRule, budget: int, weight: Weight = "saturate") -> Selection:
+def check_held_out(call: str, rule: object, weight: Weight, folds: int | None, named: NamedTargets) -> None:
+    """Refuse to hold out parts of targets where that cannot be done.
+
+    Raises:
+        ValueError: If there are fewer targets than folds, or folds are given for anything but a weight.
+    """
+    if weight == "held-out":
+        number = FOLDS if folds is None else folds
+        check_folds(f"{call}(weight='held-out', folds={number!r})", number, named.counted)
+    elif folds is not None:
+        raise ValueError(
+            f"`{call}(folds={folds!r}, weight={weight!r})`: folds are for weight='held-out'. For a ridge expected them "
+            "in the rule, Newton(ridge='held-out', folds=...)."
+        )
+    if isinstance(rule, Newton):
+        rule.check_targets(named.counted, call)
+
+
+def choose(interactions: Interactions, rule: SelectionRule, budget: int, weight: KnownWeight = "saturate") -> Selection:
     """The rule's selection, with the weight of a row resolved as `select_training_data` says."""
     number = resolve_weight(interactions, rule, budget, weight)
     return replace(interactions.reweighted(number).select(rule, budget), weight=number)
 
 
-def resolve_weight(interactions: Interactions, rule: SelectionRule, budget: int, weight: Weight) -> float:
+def resolve_weight(interactions: Interactions, rule: SelectionRule, budget: int, weight: KnownWeight) -> float:
     """The number that a weight stands for, with a budget of so many rows."""
     sizes = {"1/n": 1 / len(interactions), "1/k": 1 / budget}
     if weight == "saturate":
         return _saturating(interactions, rule, budget) if isinstance(rule, GreedyRule) else sizes["1/k"]
     return sizes[weight] if isinstance(weight, str) else float(weight)
+
+
+def _held_out(
+    interactions: Interactions,
+    rule: SelectionRule,
+    scores: Scores,
+    fisher: Scores | None,
+    named: NamedTargets,
+    folds: int | None,
+    terms: Terms,
+) -> HeldOutChoice | None:
+    """None where no row is predicted to lower the target, so that no weight is better than another."""
+    if float(interactions.values.max()) <= 0:
+        return None
+    told: dict[str, Any] = {"curvature_scores": fisher, "shares": named.shares, "rule": rule}
+    return held_out_weight(scores, terms.rows, folds=FOLDS if folds is None else folds, **told)
+
+
+def _check_targets(influence: InfluenceFunction, goals: ExampleLoader, sampled: bool) -> None:
+    """That they have losses, and labels that can be drawn where they shall be."""
+    influence.check(goals)
+    if sampled:
+        influence.check(ExampleLoader(goals, indices=goals.ids[:1]), labels="sampled")
 
 
 def _select(interactions: Interactions, rule: SelectionRule, terms: Terms) -> Selection:
@@ -234,13 +286,18 @@ def _check_options(rule: object, curvature: object, weight: object, target_curva
     if weight != "saturate" and isinstance(rule, Newton | NewtonGreedy):
         raise ValueError(
             f"`{CALL}(weight={weight!r})`: the Newton step has no weight of a row. Expected its ridge instead, such "
-            "as rule=Newton(ridge=0.3)."
+            f"as rule=Newton(ridge={'held-out' if weight == 'held-out' else 0.3!r})."
+        )
+    if weight == "held-out" and not isinstance(rule, GreedyRule):
+        raise ValueError(
+            f"`{CALL}(weight='held-out', rule={rule!r})`: only rules that look at interactions choose differently by "
+            "the weight. Expected such a rule, as InteractionGreedy() is, or weight='saturate'."
         )
     if not isinstance(curvature, Curvature | None):
         raise ValueError(f"`{CALL}(curvature={curvature!r})`: expected a Curvature, such as EKFAC(damping=0.1).")
     positive = isinstance(weight, (int, float)) and not isinstance(weight, bool) and 0 < weight < math.inf
-    if weight not in ("saturate", "1/n", "1/k") and not positive:
-        raise ValueError(f"`{CALL}(weight={weight!r})`: expected 'saturate', '1/n', '1/k' or a number > 0.")
+    if weight not in ("saturate", "held-out", "1/n", "1/k") and not positive:
+        raise ValueError(f"`{CALL}(weight={weight!r})`: expected 'saturate', 'held-out', '1/n', '1/k' or a number > 0.")
     if target_curvature not in get_args(TargetCurvature):
         raise ValueError(f"`{CALL}(target_curvature={target_curvature!r})`: expected 'empirical' or 'sampled'.")
     if leaks not in get_args(Leaks):

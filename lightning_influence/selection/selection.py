@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.estimators.factors import Id
+from lightning_influence.selection.held_out_choice import HeldOutChoice
 
 _TENSORS = ("gains", "first_order", "interaction")
 _TUPLES = ("ids", "positions")
@@ -52,6 +53,7 @@ class Selection:
             rule was given plain numbers.
         screened: Rows beside those of the pool size that were left out beforehand, as the others contradict them
             (`NewtonPool.select`).
+        held_out: How the ridge or the weight was chosen by held-out targets, where it was.
     """
 
     ids: tuple[Id, ...]
@@ -66,6 +68,7 @@ class Selection:
     lower_bound: float | None = None
     weight: float | None = None
     screened: int = 0
+    held_out: HeldOutChoice | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -87,16 +90,17 @@ class Selection:
             values[name] = values[name].tolist()
         for name in _TUPLES:
             values[name] = list(values[name])
+        values["held_out"] = None if self.held_out is None else self.held_out.to_dict()
         return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Selection:
-        """The inverse of `to_dict`; of earlier versions too, which knew of no ``screened``.
+        """The inverse of `to_dict`; of earlier versions too, which knew of no ``screened`` and ``held_out``.
 
         Raises:
             ValueError: If a field is missing or unknown.
         """
-        known, values = {field.name for field in fields(cls)}, {"screened": 0, **values}
+        known, values = {field.name for field in fields(cls)}, {"screened": 0, "held_out": None, **values}
         if set(values) != known:
             wrong = sorted(known ^ set(values))
             raise ValueError(
@@ -105,7 +109,8 @@ class Selection:
             )
         tensors = {name: torch.tensor(values[name], dtype=torch.float64) for name in _TENSORS}
         tuples = {name: tuple(values[name]) for name in _TUPLES}
-        return cls(**{**values, **tensors, **tuples})
+        choice = None if values["held_out"] is None else HeldOutChoice.from_dict(values["held_out"])
+        return cls(**{**values, **tensors, **tuples, "held_out": choice})
 
     def to_jsonl(self, path: str | os.PathLike[str], rows: Rows | Callable[[Id], Row] | None = None) -> Path:
         """Writes one JSON line per pick, in pick order: id, rank, gain, first_order, interaction, the row's fields.

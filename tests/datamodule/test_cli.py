@@ -77,6 +77,11 @@ NEWTON = """\
       class_path: lightning_influence.Newton
       init_args: {{ridge: saturate, landmarks: 0.5}}
 """
+HELD_OUT = """\
+    rule:
+      class_path: lightning_influence.Newton
+      init_args: {{ridge: held-out, folds: 3}}
+"""
 TOP = """\
     rule:
       class_path: lightning_influence.selection.TopK
@@ -102,6 +107,7 @@ def from_file(folder, monkeypatch, config, command):
     ("rule", "expected"),
     [
         (NEWTON, Newton("saturate", 0.5)),
+        (HELD_OUT, Newton("held-out", folds=3)),
         ("    rule: {{ridge: 0.3, screen: false}}\n", Newton(0.3, screen=False)),
         ("    rule: newton\n", "newton"),
     ],
@@ -109,6 +115,13 @@ def from_file(folder, monkeypatch, config, command):
 def test_the_newton_step_from_a_file(rule, expected, tmp_path, monkeypatch):
     config = CONFIG.replace(TOP, rule).replace("    weight: 1/k\n", "")
     assert from_file(tmp_path, monkeypatch, config, []).datamodule._options["rule"] == expected
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_weight_by_held_out_targets_from_a_file(tmp_path, monkeypatch):
+    config = CONFIG.replace(TOP, "").replace("    weight: 1/k\n", "    weight: held-out\n    folds: 4\n")
+    options = from_file(tmp_path, monkeypatch, config, []).datamodule._options
+    assert (options["rule"], options["weight"], options["folds"]) == (None, "held-out", 4)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning's own calls into jsonargparse

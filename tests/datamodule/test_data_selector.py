@@ -148,6 +148,33 @@ def test_budget_and_rule_of_one_call() -> None:
         selector.select(Net(), budget=0)
 
 
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ({"rule": Newton("held-out", folds=3)}, "NewtonGreedy(ridge={})"),
+        ({"weight": "held-out", "folds": 3}, "InteractionGreedy()"),
+    ],
+)
+def test_held_out_targets_choose_the_ridge_or_the_weight(options, rule, tmp_path):
+    """Through a warm-up, a file and a second fit, with the choice beside the selection."""
+    data, targets = Data(), numbered(6, seed=3)
+    selector = DataSelector(data, targets, budget=4, **options)
+    model = fit(selector)
+    selection = select(selector, model)
+    expected = select_training_data(
+        model, DataLoader(data.train, 4), DataLoader(targets, 4), budget=4, progress=False, **options
+    )
+    assert selection.ids == expected.ids
+    assert selection.rule == rule.format(selection.held_out.best)
+    assert selection.weight == (selection.held_out.best if "weight" in options else None)
+    assert torch.equal(selection.held_out.explained, expected.held_out.explained)
+    selector.save(tmp_path / "selection.json")
+    again = DataSelector(data, targets, budget=4, selection=str(tmp_path / "selection.json"), **options)
+    assert sorted(fit(again).seen) == rows(data, list(selection.ids))
+    assert again.selection.to_dict() == selection.to_dict()
+    assert torch.equal(again.selection.held_out.curve, selection.held_out.curve)
+
+
 def test_training_after_a_selection_is_that_of_the_same_loader():
     """Selecting draws no random number and leaves the model as it was."""
     data = Data()

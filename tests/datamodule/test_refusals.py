@@ -130,3 +130,24 @@ def test_more_landmarks_than_rows_are_refused_before_any_pass(monkeypatch):
     monkeypatch.setattr(InfluenceFunction, "fit", lambda *_: pytest.fail("a pass over the pool has begun"))
     with pytest.raises(ValueError, match=r"rule=Newton\(landmarks=17\)\)`: expected at most the 16 rows of the pool"):
         select(selector)
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ({"rule": Newton("held-out", folds=9)}, r"DataSelector\(rule=Newton\(folds=9\)\)"),
+        ({"weight": "held-out", "folds": 9}, r"DataSelector\(weight='held-out', folds=9\)"),
+    ],
+)
+@pytest.mark.parametrize("given", [True, False])
+def test_too_few_targets_to_hold_out_are_refused_before_the_warm_up(options, shown, given, tmp_path):
+    """Eight of them, given or as validation data; not where the choice is made already."""
+    model, selector = Net(), DataSelector(Data(), numbered(8) if given else None, budget=3, **options)
+    with pytest.raises(ValueError, match=rf"`{shown}`: expected an int from 2 to the number of targets, 8, of which"):
+        fit(selector, model)
+    assert model.seen == []
+    with pytest.raises(ValueError, match="expected an int from 2 to the number of targets, 8, of which"):
+        select(selector)
+    selector.select(ids=[1, 2])
+    fit(selector, model)
+    assert len(model.seen) == 2

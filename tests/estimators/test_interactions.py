@@ -99,6 +99,24 @@ def test_curvature_scores_give_another_fisher() -> None:
     assert interactions.target_curvature == "sampled Fisher"
 
 
+@pytest.mark.parametrize("sampled", [False, True])
+def test_shares_of_targets(sampled: bool) -> None:
+    """f = Σ_t a_t ℓ_t, one term after the other; a target without a share needs no feature."""
+    table, drawn = problem().scores, problem(1).scores
+    shares = torch.tensor([0.5, -0.2, 0.0, 1.0]).double()
+    values, pairs = torch.zeros(12).double(), torch.zeros(12, 12).double()
+    for share, row, fisher in zip(shares, table, drawn if sampled else table, strict=True):
+        values += 0.3 * share * row
+        pairs += 0.3**2 * share * torch.outer(fisher, fisher)
+    found = Interactions.from_scores(table, 0.3, drawn if sampled else None, shares=shares)
+    torch.testing.assert_close(found.values, values)
+    torch.testing.assert_close(found.pairwise(range(12)), pairs)
+    assert found.features.shape == (12, 3)
+    even = Interactions.from_scores(table, 0.3, shares=torch.full((4,), 0.25))
+    assert even.metric is None
+    torch.testing.assert_close(even.features, Interactions.from_scores(table, 0.3).features)
+
+
 def test_sum_over_pairs() -> None:
     interactions = explicit(problem())
     for group in GROUPS:
@@ -327,6 +345,9 @@ def test_bad_shapes_of_scores(shape: tuple[int, ...]) -> None:
         Interactions.from_scores(torch.ones(3, 4), curvature_scores=torch.ones(shape))
 
 
+SHARES = "expected one finite number for each of 2 targets, not all of them 0, and as many curvature scores."
+
+
 def labelled(*names: str, scores: Tensor | None = None) -> Labelled:
     return Labelled(torch.ones(1, 4, len(names)) if scores is None else scores[None], names)
 
@@ -361,6 +382,13 @@ def labelled(*names: str, scores: Tensor | None = None) -> Labelled:
             {"scores": torch.ones(2, 2), "curvature_scores": torch.tensor([[0.0, 1.0], [torch.nan, 1.0]])},
             "(curvature_scores)`: expected finite numbers. 1 of 2 pool examples have NaN or infinite "
             "curvature_scores: id 0. Look at their loss, or leave them out.",
+        ),
+        ({"scores": torch.ones(2, 2), "shares": torch.ones(3)}, f"(shares=[3])`: {SHARES}"),
+        ({"scores": torch.ones(2, 2), "shares": torch.zeros(2)}, f"(shares=[2])`: {SHARES}"),
+        ({"scores": torch.ones(2, 2), "shares": torch.tensor([1, torch.nan])}, f"(shares=[2])`: {SHARES}"),
+        (
+            {"scores": torch.ones(2, 2), "shares": torch.ones(2), "curvature_scores": torch.ones(3, 2)},
+            f"(shares=[2])`: {SHARES}",
         ),
     ],
 )

@@ -223,6 +223,7 @@ def test_one_row(rule: SelectionRule) -> None:
         "lower_bound": None,
         "weight": None,
         "screened": 0,
+        "held_out": None,
     }
 
 

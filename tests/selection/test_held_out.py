@@ -127,6 +127,58 @@ def test_weights_by_default_end_where_a_row_is_at_its_optimum_alone() -> None:
     torch.testing.assert_close(scaled.explained, choice.explained)
 
 
+@pytest.mark.parametrize("sampled", [False, True])
+def test_weights_for_targets_that_do_not_count_alike(sampled: bool) -> None:
+    """Rows are selected by the weighted mean of the others; one target is to be avoided, one does not count."""
+    pool, k, weights = pool_of(), 5, (0.05, 0.4)
+    shares = torch.tensor([1.0, 2, 3, 0.5, 1, 0, -0.5, 2, 1]).double()
+    scores = pool.targets @ pool.features.T
+    drawn = normal(9, 6, seed=7) @ pool.features.T if sampled else None
+    choice = held_out_weight(scores, k, curvature_scores=drawn, shares=shares, weights=weights, folds=4, seed=2)
+    expected = torch.zeros(2, k).double()
+    counted = [t for t in range(9) if t != 5]
+    for places in parts(8, 4, 2):
+        held_out = [counted[place] for place in places]
+        kept = [t for t in range(9) if t not in held_out]
+        fisher = scores if drawn is None else drawn
+        values, pairs = shares[kept] @ scores[kept], fisher[kept].T @ (shares[kept, None] * fisher[kept])
+        for row, weight in enumerate(weights):
+            picks: list[int] = []
+            for size in range(1, k + 1):
+                changes = [
+                    float(-weight * values[s].sum() + 0.5 * weight**2 * pairs[s][:, s].sum())
+                    for s in ([*picks, j] for j in range(24))
+                ]
+                changes = [change if j not in picks else torch.inf for j, change in enumerate(changes)]
+                picks.append(int(torch.tensor(changes).argmin()))
+                moves = weight * scores[held_out][:, picks].sum(1)
+                expected[row, size - 1] += shares[held_out] @ (1 - (1 - moves) ** 2) / shares.abs().sum()
+    torch.testing.assert_close(choice.explained, expected)
+
+
+def test_targets_that_do_not_count_are_no_fold() -> None:
+    shares = torch.tensor([1.0, 0, 1, 0, 0, 0, 0, 0, 0]).double()
+    pool = pool_of(shares=shares)
+    scores = pool.targets @ pool.features.T
+    assert held_out_ridge(pool, 4, ridges=RIDGES, folds=2).explained.isfinite().all()
+    assert held_out_weight(scores, 4, shares=shares, folds=2).best > 0
+    for refused in (
+        lambda: held_out_ridge(pool, 4, folds=3),
+        lambda: held_out_weight(scores, 4, shares=shares, folds=3),
+    ):
+        with pytest.raises(ValueError, match=r"folds=3\)`: expected an int from 2 to the number of targets, 2"):
+            refused()
+
+
+def test_weights_by_default_are_those_of_rows_that_help() -> None:
+    """With a budget that reaches far into a pool where most rows harm, whose optimum would be a weight below 0."""
+    scores = torch.cat([torch.ones(4, 3), -torch.ones(4, 20)], dim=1).double()
+    assert held_out_weight(scores, 20, folds=2).candidates[0] == pytest.approx(1)
+    with pytest.raises(ValueError, match="held_out_weight: no row of the pool is predicted to lower the target loss"):
+        held_out_weight(-scores.abs(), 20, folds=2)
+    assert held_out_weight(-scores.abs(), 20, weights=(0.1,), folds=2).best == 0.1
+
+
 @pytest.mark.parametrize("kind", ["ridge", "weight"])
 def test_left_out_one_by_one_the_order_of_targets_and_rows_does_not_matter(kind: str) -> None:
     pool = pool_of()
@@ -176,6 +228,8 @@ def test_what_cannot_be_held_out_is_refused() -> None:
         held_out_ridge(pool, 4, ridges=(0.0,))
     with pytest.raises(ValueError, match="one curvature target for each of 9 targets"):
         held_out_ridge(replace(pool, curvature_targets=normal(3, 6)), 4)
+    with pytest.raises(ValueError, match=r"`held_out_weight\(scores\)`: expected one curvature target for each of 9"):
+        held_out_weight(scores, 4, curvature_scores=scores[:3])
     with pytest.raises(ValueError, match="held_out_ridge"):
         held_out_ridge(pool, 25)
     with pytest.raises(ValueError, match=r"held_out_weight\(weights=\(\)\)"):

@@ -9,7 +9,15 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence.curvature import Identity
 from lightning_influence.estimators import InfluenceFunction
-from lightning_influence.selection import InteractionGreedy, NewtonGreedy, NewtonPool, TopK, select_by_scores
+from lightning_influence.selection import (
+    InteractionGreedy,
+    Newton,
+    NewtonGreedy,
+    NewtonPool,
+    TopK,
+    held_out_weight,
+    select_by_scores,
+)
 from lightning_influence.selection.aggregate import target_interactions
 from lightning_influence.selection.named_targets import NamedTargets
 from lightning_influence.selection.pipeline import choose, select_training_data
@@ -80,6 +88,28 @@ def test_the_newton_step_for_all_sets(model, scores, weights):
     found = choice(model, NAMED, target_weights=weights)
     assert found.ids == problem.select(6).ids
     assert choice(model, NAMED, target_weights=weights, rule=NewtonGreedy(2.0)).rule == "NewtonGreedy(ridge=2.0)"
+
+
+@pytest.mark.parametrize("weights", [{"maths": 2.0}, {"law": -0.5}])
+def test_parts_of_all_sets_are_held_out(model, scores, weights):
+    shares = NamedTargets("f", NAMED, weights).shares
+    found = choice(model, NAMED, target_weights=weights, weight="held-out", folds=3)
+    by_hand = held_out_weight(scores, 6, shares=shares, folds=3)
+    torch.testing.assert_close(found.held_out.explained, by_hand.explained, rtol=1e-4, atol=1e-6)
+    problem = target_interactions(scores, SETS, weights, weight=by_hand.best)
+    assert (found.ids, found.weight) == (problem.select(InteractionGreedy(), 6).ids, pytest.approx(by_hand.best))
+
+
+def test_sets_without_a_weight_are_not_held_out(model):
+    assert NamedTargets("f", LAW).counted == 7
+    assert NamedTargets("f", NAMED).counted == 9
+    named = {"target_weights": {"law": 0}}
+    assert NamedTargets("f", NAMED, named["target_weights"]).counted == 2
+    assert choice(model, NAMED, **named, rule=Newton("held-out", folds=2)).held_out.best > 0
+    assert choice(model, NAMED, **named, weight="held-out", folds=2).held_out.best > 0
+    for options in ({"rule": Newton("held-out", folds=3)}, {"weight": "held-out", "folds": 3}):
+        with pytest.raises(ValueError, match="expected an int from 2 to the number of targets, 2, of which"):
+            choice(model, NAMED, **named, **options)
 
 
 def test_one_named_set_is_the_set(model):

@@ -12,9 +12,10 @@ from lightning_influence.selection import Newton
 def test_the_screen_is_for_long_training_unless_it_is_asked_for() -> None:
     assert lightning_influence.Newton is Newton
     assert [Newton(ridge).screens for ridge in ("random", 0.3, "saturate")] == [True, True, False]
+    assert Newton("held-out").screens
     assert [Newton(ridge, screen=True).screens for ridge in ("random", 0.3, "saturate")] == [True] * 3
     assert [Newton(ridge, screen=False).screens for ridge in ("random", 0.3, "saturate")] == [False] * 3
-    assert Newton() == Newton("random", None, None, 0.05)
+    assert Newton() == Newton("random", None, None, 0.05, 5)
 
 
 @pytest.mark.parametrize(
@@ -34,17 +35,32 @@ def test_more_landmarks_than_rows() -> None:
         Newton(landmarks=21).landmarks_of(20, call="select")
 
 
+RIDGE = "expected 'random', 'saturate', 'held-out'"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        *[({"ridge": ridge}, "expected 'random', 'saturate' or a finite number > 0") for ridge in ("best", 0, True)],
-        *[({"ridge": ridge}, "expected 'random', 'saturate' or a finite number > 0") for ridge in (1e400, None, -0.1)],
+        *[({"ridge": ridge}, f"{RIDGE} or a finite number > 0, such as 0.1.") for ridge in ("best", 0, True)],
+        *[({"ridge": ridge}, f"{RIDGE} or a finite number > 0, such as 0.1.") for ridge in (1e400, None, -0.1)],
         *[({"landmarks": n}, "expected a number of rows as an int >= 0, a share") for n in (-1, True, 1.5, 0.0, "all")],
         *[({"screen": word}, "expected True, False or None.") for word in (1, "yes")],
         *[({"saturation": share}, "expected a share in (0, 1), such as 0.05.") for share in (0, 1, "x", True)],
+        *[({"folds": folds}, "expected an int >= 2.") for folds in (1, 0, True, 2.0, "all", None)],
     ],
 )
 def test_settings_that_are_none(settings: dict[str, Any], message: str) -> None:
     [(name, value)] = settings.items()
     with pytest.raises(ValueError, match=re.escape(f"`Newton({name}={value!r})`: {message}")):
         Newton(**settings)
+
+
+def test_fewer_targets_than_folds() -> None:
+    Newton("held-out", folds=3).check_targets(3)
+    Newton("random", folds=3).check_targets(1)
+    message = (
+        "`select(rule=Newton(folds=3))`: expected an int from 2 to the number of targets, 2, of which each is held out "
+        "once. Pass fewer folds or more target examples."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        Newton("held-out", folds=3).check_targets(2, "select")

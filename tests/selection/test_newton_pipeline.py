@@ -11,7 +11,7 @@ from torch.utils.data import Subset
 
 from lightning_influence import EKFAC, Identity, InfluenceFunction
 from lightning_influence.capture import ExampleLoader
-from lightning_influence.selection import Newton, NewtonGreedy, NewtonPool
+from lightning_influence.selection import Newton, NewtonGreedy, NewtonPool, held_out_ridge
 from lightning_influence.selection.pipeline import _landmarks
 from lightning_influence.selection.saturation import saturating_ridge
 from tests.selection.test_pipeline import POOL, TARGETS, X, Y, selected, trained
@@ -102,3 +102,18 @@ def test_targets_and_landmarks_are_scored_in_one_pass(model: nn.Linear) -> None:
     NewtonPool.scored(influence, TARGETS, POOL, landmarks=30)
     handle.remove()
     assert sum(seen) == 120 + 40 + 30 + 2 * 40  # pool, targets and landmarks once; targets for each other
+
+
+@pytest.mark.parametrize("target_curvature", ["empirical", "sampled"])
+@pytest.mark.parametrize("screen", [None, False])
+def test_the_ridge_by_held_out_targets(model: nn.Linear, target_curvature: Any, screen: bool | None) -> None:
+    influence = InfluenceFunction(model, Identity(), normalise=True).fit(POOL)
+    told = {"target_curvature": target_curvature, "seed": 5}
+    problem = NewtonPool.scored(influence, TARGETS, POOL, landmarks=9, **told)
+    choice = held_out_ridge(problem, 12, folds=4, screen=screen is not False)
+    expected = problem.select(12, NewtonGreedy(choice.best), screen=screen)
+    rule = Newton("held-out", 9, screen, folds=4)
+    found = selected(model, 12, rule=rule, curvature=Identity(), **told)
+    assert (found.ids, found.rule, found.screened) == (expected.ids, expected.rule, expected.screened)
+    assert found.held_out.to_dict() == choice.to_dict()
+    assert selected(model, 12, rule=Newton("random", 9), curvature=Identity(), **told).held_out is None

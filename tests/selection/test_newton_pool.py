@@ -8,8 +8,16 @@ from torch import Tensor
 
 from lightning_influence import EKFAC, InfluenceFunction, ProjectedGram
 from lightning_influence.capture import ExampleLoader
-from lightning_influence.selection import NewtonGreedy, NewtonPool, RidgeChoice, newton_pool
-from lightning_influence.selection.newton_pool import RIDGES
+from lightning_influence.selection import (
+    Constraints,
+    Newton,
+    NewtonGreedy,
+    NewtonPool,
+    TokenBudget,
+    held_out_ridge,
+    newton_pool,
+)
+from lightning_influence.selection.ridge_choice import RIDGES
 from lightning_influence.selection.saturation import saturating_ridge
 from tests.curvature.models import mlp, normal, points
 
@@ -170,13 +178,6 @@ def test_errors_count_as_the_targets_do() -> None:
     torch.testing.assert_close(found, sum(share.abs() * part for share, part in zip(shares, parts, strict=True)))
 
 
-@pytest.mark.parametrize(
-    ("errors", "best"), [((0.5, 0.4, 0.45, 0.5), 3), ((0.4, 0.5, 0.9, 0.9), 1), ((1.3, 1.1, 1.1, 1.3), 3)]
-)
-def test_the_largest_ridge_that_explains_nearly_as_much(errors: tuple[float, ...], best: float) -> None:
-    assert RidgeChoice((1, 2, 3, 4), torch.tensor(errors)).best == best
-
-
 def test_noise_asks_for_a_larger_ridge() -> None:
     """Rows of the constant 1 in few directions: with signs turned at random, a step must average over more of them."""
     directions, targets = normal(6, 6).repeat(40, 1), normal(6, 6)
@@ -265,3 +266,30 @@ def test_without_a_screen_the_rule_sees_every_row() -> None:
     assert pool.select(40, rule, screen=False).ids == pool.interactions.select(rule, 40).ids
     told = NewtonPool(pool.features, pool.targets, unseen=torch.ones(40).double())
     assert set(told.select(30, rule).positions) <= set(range(6, 40))
+
+
+TWO_EACH = {f"row {k}": 2 for k in range(40)}
+
+
+@pytest.mark.parametrize("folds", [2, 4])
+@pytest.mark.parametrize("screen", [None, True, False])
+def test_the_ridge_by_held_out_targets_is_that_of_the_function(folds: int, screen: bool | None) -> None:
+    """Each fold is screened by the targets that it keeps, the selection itself by all of them."""
+    pool, rule, without = flipped(40, 8), Newton("held-out", folds=folds), Constraints(exclude=["row 30"])
+    choice = held_out_ridge(pool, 10, folds=folds, screen=screen is not False)
+    expected = pool.select(10, NewtonGreedy(choice.best), screen=screen)
+    found = pool.select(10, rule, screen=screen)
+    assert (found.ids, found.rule, found.screened) == (expected.ids, expected.rule, expected.screened)
+    assert (found.screened > 0) == (screen is not False)
+    assert found.held_out is not None
+    assert expected.held_out is None
+    assert found.held_out.to_dict() == choice.to_dict()
+    told = pool.select(TokenBudget(20, counts=TWO_EACH), rule, screen=screen, constraints=without)
+    assert told.held_out is not None
+    assert torch.equal(told.held_out.explained, choice.explained)
+    assert (len(told), "row 30" in told.ids) == (10, False)
+
+
+def test_more_folds_than_targets() -> None:
+    with pytest.raises(ValueError, match=r"folds=7\)`: expected an int from 2 to the number of targets, 6"):
+        NewtonPool(normal(9, 4), normal(6, 4)).select(3, Newton("held-out", folds=7))

@@ -20,6 +20,7 @@ from lightning_influence.selection import (
     NewtonPool,
     Random,
     TopK,
+    held_out_weight,
 )
 from lightning_influence.selection.pipeline import choose, select_training_data
 from lightning_influence.selection.saturation import saturating_weight
@@ -126,6 +127,22 @@ def test_every_rule_at_every_weight(model: nn.Linear, rule: Any, weight: Any) ->
 
 
 @pytest.mark.parametrize("target_curvature", ["empirical", "sampled"])
+@pytest.mark.parametrize(("rule", "folds"), [(None, None), (BlockGreedy(2), 8), (InteractionGreedy(), 40)])
+def test_the_weight_by_held_out_targets(model: nn.Linear, target_curvature: Any, rule: Any, folds: Any) -> None:
+    options = {"rule": rule, "folds": folds, "target_curvature": target_curvature}
+    found = selected(model, 12, weight="held-out", seed=3, **options)
+    influence = InfluenceFunction(model, EKFAC(seed=3), normalise=True).fit(POOL)
+    scores = influence.score(TARGETS, POOL)
+    sampled = influence.score(TARGETS, POOL, labels="sampled", seed=3) if target_curvature == "sampled" else None
+    choice = held_out_weight(scores, 12, curvature_scores=sampled, rule=rule, folds=folds or 5)
+    rule = rule or InteractionGreedy()
+    expected = Interactions.from_scores(scores, choice.best, sampled).select(rule, 12)
+    assert (found.ids, found.weight, found.rule) == (expected.ids, choice.best, repr(rule))
+    assert found.held_out.to_dict() == choice.to_dict()
+    assert selected(model, 12, weight=choice.best).held_out is None
+
+
+@pytest.mark.parametrize("target_curvature", ["empirical", "sampled"])
 def test_the_newton_step_is_the_pieces_put_together(model: nn.Linear, target_curvature: Any) -> None:
     influence = InfluenceFunction(model, EKFAC(seed=3), normalise=True).fit(POOL)
     told = {"target_curvature": target_curvature, "seed": 3}
@@ -221,6 +238,10 @@ def test_a_pool_that_only_harms() -> None:
         assert one[0].filename == __file__
         assert (selection.gains[0] > 0).all()
         assert not isinstance(rule, InteractionGreedy) or selection.ids == (0, 2)
+    options = {"curvature": Identity(), "normalise": False, "weight": "held-out", "folds": 2}
+    with pytest.warns(UserWarning, match="the least harmful ones are chosen, with weight 1/k"):
+        selection = selected(trained(X, Y, steps=0), 2, pool, 2 * targets, **options)
+    assert (selection.ids, selection.weight, selection.held_out) == ((0, 2), 0.5, None)
 
 
 class Unread:
@@ -243,7 +264,7 @@ class Unread:
         ({"budget": "all"}, r"`select_training_data\(budget='all'\)`: .*A str is neither"),
         ({"budget": True}, r"`select_training_data\(budget=True\)`"),
         ({"budget": 0.01}, r"Of a pool of 10 rows this share is 0 rows"),
-        ({"weight": 0}, r"`select_training_data\(weight=0\)`: expected 'saturate', '1/n', '1/k' or a number > 0"),
+        ({"weight": 0}, r"`select_training_data\(weight=0\)`: expected 'saturate', 'held-out', '1/n', '1/k' or a num"),
         ({"weight": float("inf")}, r"`select_training_data\(weight=inf\)`"),
         ({"weight": float("nan")}, r"`select_training_data\(weight=nan\)`"),
         ({"weight": True}, r"`select_training_data\(weight=True\)`"),
@@ -257,6 +278,23 @@ class Unread:
         (
             {"rule": Newton(landmarks=11)},
             r"`select_training_data\(rule=Newton\(landmarks=11\)\)`: expected at most the 10 rows of the pool",
+        ),
+        (
+            {"weight": "held-out", "folds": 41},
+            r"`select_training_data\(weight='held-out', folds=41\)`: expected an int from 2 to the number of targets",
+        ),
+        (
+            {"weight": "held-out", "targets": [TARGETS[0]]},
+            r"weight='held-out', folds=5\)`: expected an int from 2 to the number of targets, 1",
+        ),
+        ({"weight": "held-out", "folds": 1}, r"weight='held-out', folds=1\)`: expected an int from 2 to the number"),
+        ({"folds": 4}, r"`select_training_data\(folds=4, weight='saturate'\)`: folds are for weight='held-out'"),
+        ({"folds": 4, "rule": Newton("held-out")}, r"expected them in the rule, Newton\(ridge='held-out', folds="),
+        ({"weight": "held-out", "rule": TopK()}, r"weight='held-out', rule=TopK\(\)\)`: only rules that look at inter"),
+        ({"weight": "held-out", "rule": "newton"}, r"such as rule=Newton\(ridge='held-out'\)"),
+        (
+            {"rule": Newton("held-out", folds=41)},
+            r"`select_training_data\(rule=Newton\(folds=41\)\)`: expected an int from 2 to the number of targets, 40",
         ),
         ({"rule": "greedy"}, r"`select_training_data\(rule='greedy'\)`: expected a SelectionRule, such as Inter"),
         ({"target_curvature": "exact"}, r"`select_training_data\(target_curvature='exact'\)`: expected 'empirical' or"),

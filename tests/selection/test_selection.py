@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from lightning_influence.selection import Selection, TopK
+from lightning_influence.selection import HeldOutChoice, Selection, TopK
 
 LINES = [
     {"id": "c", "rank": 0, "gain": -3.0, "first_order": -3.0, "interaction": 0.0},
@@ -103,15 +104,30 @@ def test_a_failed_write_leaves_nothing_behind(
     assert os.listdir(tmp_path) == []
 
 
+OPTIONAL = ("lower_bound", "weight", "held_out")
+
+
 @pytest.mark.parametrize(("change", "names"), [({"gain": []}, "gain"), ({"ids": None, "idds": []}, "idds, ids")])
 def test_fields_of_another_version(selection: Selection, change: dict[str, object], names: str) -> None:
     values = {**selection.to_dict(), **change}
-    values = {key: value for key, value in values.items() if value is not None or key in ("lower_bound", "weight")}
+    values = {key: value for key, value in values.items() if value is not None or key in OPTIONAL}
     message = "`Selection.from_dict`: expected the fields that `to_dict` writes. Missing or unknown: " + names + "."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         Selection.from_dict(values)
 
 
-def test_records_of_before_rows_were_screened(selection: Selection) -> None:
-    values = {name: value for name, value in selection.to_dict().items() if name != "screened"}
+@pytest.mark.parametrize("later", [{"held_out"}, {"held_out", "screened"}])
+def test_records_of_earlier_versions(selection: Selection, later: set[str]) -> None:
+    values = {name: value for name, value in selection.to_dict().items() if name not in later}
     assert Selection.from_dict(values).to_dict() == selection.to_dict()
+
+
+def test_a_choice_by_held_out_targets_is_kept(selection: Selection) -> None:
+    choice = HeldOutChoice((0.1, 0.3), torch.tensor([[0.2, 0.4], [0.1, 0.5]], dtype=torch.float64))
+    found = replace(selection, held_out=choice)
+    values = json.loads(json.dumps(found.to_dict()))
+    assert values["held_out"] == {"candidates": [0.1, 0.3], "explained": [[0.2, 0.4], [0.1, 0.5]]}
+    again = Selection.from_dict(values)
+    assert again.to_dict() == found.to_dict()
+    assert again.held_out is not None
+    assert again.held_out.best == 0.3
