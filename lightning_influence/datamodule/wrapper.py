@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Sized
+from collections.abc import Mapping, Sized
 from types import MethodType
 from typing import Any
 
@@ -31,6 +32,9 @@ class DataModuleWrapper(LightningDataModule):
 
     Works in Trainers of ``lightning`` and of ``pytorch_lightning``, whichever of the two the wrapped one is of.
 
+    A LightningCLI lets ``save_hyperparameters()`` of a datamodule inside of another find the arguments of the outer
+    one. They are put right here, so that the wrapped one reads its own in every hook; in its constructor it cannot.
+
     Args:
         inner: The datamodule to wrap.
     """
@@ -43,6 +47,7 @@ class DataModuleWrapper(LightningDataModule):
     def __init__(self, inner: Any) -> None:
         self._trainer: Any = None
         self._inner = inner
+        self._given = _put_right(inner)
         super().__init__()
         self._delegate(LightningDataModule)
 
@@ -79,13 +84,13 @@ class DataModuleWrapper(LightningDataModule):
 
     @property
     def hparams(self) -> Any:
-        """The wrapped datamodule's."""
-        return self._inner.hparams
+        """The wrapped datamodule's; under a LightningCLI the whole section of its file."""
+        return self._inner.hparams if self._given is None else self._given
 
     @property
     def hparams_initial(self) -> Any:
-        """The wrapped datamodule's."""
-        return self._inner.hparams_initial
+        """The wrapped datamodule's; under a LightningCLI the whole section of its file."""
+        return self._inner.hparams_initial if self._given is None else copy.deepcopy(self._given)
 
     def __getattr__(self, name: str) -> Any:
         """Everything else that the wrapped datamodule offers: tokenizer, num_classes, ..."""
@@ -104,6 +109,19 @@ class DataModuleWrapper(LightningDataModule):
             setattr(self, hook, method or MethodType(getattr(parent, hook), self))
         for name in SETTINGS:
             setattr(self, name, getattr(self._inner, name))
+
+
+def _put_right(inner: Any) -> Any:
+    """What a LightningCLI gave to the outer datamodule, if the inner one took it for its own; it has its own then."""
+    given = inner.hparams
+    own = given.get("data") if "_instantiator" in given else None
+    if not isinstance(own, Mapping) or str(own.get("class_path")).rpartition(".")[2] != type(inner).__name__:
+        return None
+    parts = [own.get(key) or {} for key in ("init_args", "dict_kwargs")]
+    found = {"_class_path": own["class_path"], **parts[0], **parts[1], "_instantiator": given["_instantiator"]}
+    inner._hparams = inner._to_hparams_dict(found)
+    inner._hparams_initial = copy.deepcopy(inner._hparams)
+    return given
 
 
 class PlainData(LightningDataModule):

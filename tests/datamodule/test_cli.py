@@ -129,6 +129,9 @@ def test_callbacks_and_datamodule_from_a_file(tmp_path, monkeypatch):
     cli = from_file(tmp_path, monkeypatch, CONFIG, ["fit"])
     selector = cli.datamodule
     assert selector.n == 20
+    assert dict(selector._inner.hparams) == dict(selector._inner.hparams_initial)  # its own, not the selector's
+    assert (selector._inner.hparams.n, "warmup" in selector._inner.hparams) == (20, False)
+    assert (selector.hparams.warmup, selector.hparams_initial.warmup) == (0.5, 0.5)  # the section as it was given
     assert selector.selected_ids == [1, 2]
     assert len(cli.model.seen) == 2
     assert (selector._warmup.part, selector._reselection.every, selector._weights, selector._seed) == (
