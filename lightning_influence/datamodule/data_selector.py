@@ -22,7 +22,7 @@ from lightning_influence.datamodule.target_data import checked_targets, target_d
 from lightning_influence.datamodule.warm_up import WarmUp
 from lightning_influence.datamodule.wrapper import PlainData, is_datamodule
 from lightning_influence.selection import Constraints, Newton, Random, Selection
-from lightning_influence.selection.aggregate import Reduce
+from lightning_influence.selection.aggregate import Across
 from lightning_influence.selection.budget import Budget
 from lightning_influence.selection.named_targets import NamedTargets
 from lightning_influence.selection.pipeline import (
@@ -108,7 +108,7 @@ class DataSelector(ServedRows):
         constraints: Constraints | None = None,
         leaks: Leaks = "warn",
         target_weights: dict[str, float] | None = None,
-        across: Reduce = "mean",
+        across: Across = "mean",
         rule: Rule | None = None,
         curvature: Curvature | None = None,
         components: str | list[str] | Callable[[str, nn.Module], bool] | None = None,

@@ -13,7 +13,7 @@ from lightning_influence.capture.component import Select
 from lightning_influence.curvature.base import loss_for
 from lightning_influence.estimators.low_rank import check_rank, rank_note
 from lightning_influence.estimators.passes import Passes
-from lightning_influence.estimators.queries import Aggregate, asked, check_asked, row_ids
+from lightning_influence.estimators.queries import Aggregate, asked, check_asked, naming_batch, row_ids
 from lightning_influence.estimators.queries import Labels as Labels
 from lightning_influence.estimators.queries import Loss as Loss
 from lightning_influence.estimators.queries import check_supervised as check_supervised
@@ -266,18 +266,28 @@ class Estimator(Passes):
         scores = self._scores(torch.cat(blocks), ids, right, formula, reduction)
         return scores, self._self_scores(torch.cat(squares), right)
 
-    def check(self, queries: Any, labels: Labels = "data", seed: int = 0) -> None:
+    def check(self, queries: Any, labels: Labels = "data", seed: int = 0, *, what: str = "queries") -> None:
         """Make sure that queries can be scored, by one forward and backward pass over them.
 
+        Args:
+            queries: As for `score`.
+            labels: As for `score`.
+            seed: As for `score`.
+            what: What to call them in an error.
+
         Raises:
-            ValueError: If the data is empty, a query has nothing supervised, or a loss is not finite (ids are named).
+            ValueError: If the data is empty, a query has nothing supervised, a loss is not finite, or the model cannot
+                be run on a batch (ids are named).
             UnsupportedLayerError: If a component has no per-example gradient.
         """
         loader = self._loader(queries)
         self._check_queries(loader)
         with self.capture:
-            for records in self._records(loader, "checking queries", labels, seed, self.asked):
-                next(records)  # the first record takes the passes, all others follow from them
+            batches = self._records(loader, "checking queries", labels, seed, self.asked)
+            for start in range(0, loader.num_examples, loader.batch_size):
+                with naming_batch(what, loader.ids[start : start + loader.batch_size]):
+                    next(next(batches))  # the first record takes the passes, all others follow from them
+            next(batches, None)  # ends the progress bar
 
     def _check_self(self, call: str) -> None:
         if not (self.bilinear and self.one_model and self.query_loss is None):

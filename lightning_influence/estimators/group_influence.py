@@ -34,6 +34,7 @@ from lightning_influence.estimators.group_effects import (
 )
 from lightning_influence.estimators.influence_function import InfluenceFunction
 from lightning_influence.estimators.interactions import Change, Interactions
+from lightning_influence.estimators.queries import check_one_loss
 from lightning_influence.estimators.target_curvature import TargetCurvature, TargetProduct, TargetRows
 from lightning_influence.store import Store
 
@@ -159,8 +160,8 @@ class GroupInfluence:
             Itself. Ids of examples are positions in the pool.
 
         Raises:
-            ValueError: If data is empty, a target has nothing supervised, a loss is not finite (ids are named), or the
-                gradients of the targets do not fit into memory.
+            ValueError: If data is empty, a target has nothing supervised or cannot be scored by the model, a loss is
+                not finite (ids are named), or the gradients of the targets do not fit into memory.
         """
         loaders = [ExampleLoader(data, self.influence.batch_size) for data in (train, targets)]
         members = loaders[0] if pool is None else ExampleLoader(pool, self.influence.batch_size)
@@ -262,7 +263,8 @@ class GroupInfluence:
 
     def _check(self, targets: ExampleLoader, pool: ExampleLoader) -> None:
         """Everything that can be refused by looking at the targets and one example of the pool."""
-        self.influence.check(targets)
+        self.influence.check(targets, what="targets")
+        check_one_loss(f"{_CALL}.fit", self.influence.model, pool, targets, self.influence.loss)
         if "sampled" in (self.target_curvature, self._labels()):
             self.influence.check(ExampleLoader(targets, indices=targets.ids[:1]), labels="sampled")
         self._rows.count(pool, self.group_curvature)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
-from typing import Literal, Protocol, TypeVar, get_args
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -48,8 +48,9 @@ class Rule(Protocol[Picks_co]):
         features: Tensor | None = None,
         metric: Tensor | None = None,
         *,
-        budget: int | float,
+        budget: Any,
         ids: Iterable[Id] | None = None,
+        constraints: Any = None,
     ) -> Picks_co:
         """Chooses ``budget`` examples of the pool."""
 
@@ -272,9 +273,16 @@ class Interactions:
         factor = weight / self.weight
         return replace(self, values=factor * self.values, features=factor * self.features, weight=weight)
 
-    def select(self, rule: Rule[Picks], budget: int | float) -> Picks:
-        """Lets a selection rule choose ``budget`` of these examples, minimising the addition estimate."""
-        return rule.select(self.values, self.features, self.metric, budget=budget, ids=self._factors.ids)
+    def select(self, rule: Rule[Picks], budget: Any, constraints: Any = None) -> Picks:
+        """Lets a selection rule choose ``budget`` of these examples, minimising the addition estimate.
+
+        Args:
+            rule: As `InteractionGreedy()`.
+            budget: Number of examples, share of them, or `TokenBudget`.
+            constraints: `Constraints` that the selection must keep to besides.
+        """
+        parts = (self.values, self.features, self.metric)
+        return rule.select(*parts, budget=budget, ids=self._factors.ids, constraints=constraints)
 
     @cached_property
     def _factors(self) -> Factors:

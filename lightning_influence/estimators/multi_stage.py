@@ -209,9 +209,9 @@ class MultiStageInfluence(Estimator):
             solved[one.name] = self.curvature.solve(one, half.to(own))
         return solved
 
-    def check(self, queries: Any, labels: Labels = "data", seed: int = 0) -> None:
+    def check(self, queries: Any, labels: Labels = "data", seed: int = 0, *, what: str = "queries") -> None:
         """As `Estimator.check`, with the fine-tuned model."""
-        self._asked.check(self._loader(queries), labels, seed)
+        self._asked.check(self._loader(queries), labels, seed, what=what)
 
     def _find(
         self, pretrained: nn.Module, finetuned: nn.Module, components: Select | list[Component], match: Match

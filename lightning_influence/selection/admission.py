@@ -58,11 +58,13 @@ class Admission:
     ) -> None:
         none = torch.zeros(1, dtype=torch.long, device=allowed.device)
         self._pool, self._room, self._left = pool, room, allowed.clone()
+        self._allowed, self._whole = allowed, room
         self._by_rows = sizes is None
         self._sizes = (none + 1).expand(len(allowed)) if sizes is None else sizes
         self._groups = none.expand(len(allowed)) if groups is None else groups
         self._missing = none.clone() if minimum is None else minimum.clone()
         self._spare = none + len(allowed) if maximum is None else maximum.clone()
+        self._least, self._greatest, self._required = self._missing.clone(), self._spare.clone(), frozenset(first)
         self._demand, self._dearest = torch.zeros_like(self._missing), torch.zeros_like(self._missing)
         self._largest = int(self._sizes.max())
         self.most = min(len(allowed), room // int(self._sizes.min()))
@@ -210,6 +212,23 @@ class Admission:
                 demand, supply = demand + dearer, supply + less
                 gone.append(row)
         return gone
+
+    def exchangeable(self, rows: Sequence[int], place: int) -> Tensor:
+        """Rows that may stand in for one of a whole selection, so that it keeps every constraint [n], bool.
+
+        Args:
+            rows: The selection, which keeps them all.
+            place: Where the row to replace stands in it.
+        """
+        old = rows[place]
+        if old in self._required:
+            return torch.zeros_like(self._allowed)
+        index, group = torch.tensor(rows, device=self._groups.device), self._groups[old]
+        counts = torch.bincount(self._groups[index], minlength=len(self._least))
+        joins = (counts < self._greatest) & (counts[group] > self._least[group])
+        joins[group] = True
+        room = self._whole - int(self._sizes[index].sum()) + self._sizes[old]
+        return self._allowed & joins[self._groups] & (self._by_rows | (self._sizes <= room))
 
     def _gain(self, row: int) -> float:
         value = -float(self._pool.values[row])

@@ -11,7 +11,7 @@ from lightning_influence.estimators.factors import Factors
 from lightning_influence.selection.admission import Admission
 from lightning_influence.selection.constraints import Sources
 from lightning_influence.selection.filling_rule import FillingRule
-from lightning_influence.selection.row_data import of_rows
+from lightning_influence.selection.row_data import by_position, of_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +47,11 @@ class BalancedRandom(FillingRule):
             )
 
     weighs_costs: ClassVar[bool] = False
+
+    @property
+    def known_rows(self) -> int:
+        """Those of a sequence of sources."""
+        return by_position(self.sources)
 
     def _fill(self, pool: Factors, admission: Admission) -> None:
         generator = torch.Generator().manual_seed(self.seed)

@@ -13,6 +13,7 @@ from lightning_influence.estimators.factors import Factors, Id
 from lightning_influence.selection.admission import Admission
 from lightning_influence.selection.budget import Budget, TokenBudget, resolve_budget
 from lightning_influence.selection.constraints import Constraints
+from lightning_influence.selection.row_data import check_positions
 from lightning_influence.selection.selection import Selection
 
 
@@ -28,6 +29,11 @@ class SelectionRule(ABC):
     """
 
     weighs_costs: ClassVar[bool] = False
+
+    @property
+    def known_rows(self) -> int:
+        """For how many rows, by position, a member brings data of its own; 0 where it has none, or has ids for it."""
+        return 0
 
     @full_precision()
     def select(
@@ -53,10 +59,13 @@ class SelectionRule(ABC):
         Raises:
             ValueError: If the pool is empty, the budget does not fit it, shapes do not fit, ids repeat, a number is
                 NaN or infinite (the ids are named), the metric is not symmetric, no selection can meet the
-                constraints, or there are costs and the rule compares no gains.
+                constraints, there are costs and the rule compares no gains, or data by position is of more rows than
+                these.
         """
         call = f"{self!r}.select"
         pool = Factors.checked(call, values, features, metric, ids)
+        if ids is None:
+            check_positions(call, self.known_rows, len(pool))
         if constraints is None and not isinstance(budget, TokenBudget):
             rows = self._pick(pool, resolve_budget(budget, len(pool), call))
         else:

@@ -49,6 +49,11 @@ class FacilityLocation(FillingRule):
     def __post_init__(self) -> None:
         object.__setattr__(self, "embeddings", checked_embeddings("FacilityLocation", self.embeddings, self.ids))
 
+    @property
+    def known_rows(self) -> int:
+        """Those of the embeddings, where they have no ids."""
+        return len(self.embeddings) if self.ids is None and self.embeddings is not None else 0
+
     def _fill(self, pool: Factors, admission: Admission) -> None:
         by_id = pool.id_ranks.cpu().argsort()
         vectors = unit_rows(f"{self!r}.select", pool, self.embeddings, self.ids)

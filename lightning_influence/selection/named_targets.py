@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from numbers import Real
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from torch.utils.data import ConcatDataset, Subset
 from lightning_influence.capture import ExampleLoader
 from lightning_influence.estimators.interactions import Interactions
 from lightning_influence.estimators.scores import Scores
-from lightning_influence.selection.aggregate import Reduce, Weights, aggregate, target_interactions
+from lightning_influence.selection.aggregate import Across, Weights, select_by_scores, target_interactions
 from lightning_influence.selection.base import SelectionRule
 from lightning_influence.selection.newton import Newton
 from lightning_influence.selection.selection import Selection
@@ -28,7 +30,7 @@ class NamedTargets:
         call: How the caller's code reads, for the error text.
         targets: Map-style dataset or DataLoader, or a mapping of names to such.
         weights: Factors of the sets, 1 for those that are not named (`target_interactions`).
-        across: How the scores for the sets become one (`aggregate`).
+        across: How the scores for the sets become one (`aggregate`), or "round-robin": the sets take turns.
         batch_size: Examples per batch; None takes the loaders', or 32.
 
     Attributes:
@@ -40,12 +42,12 @@ class NamedTargets:
     """
 
     def __init__(
-        self, call: str, targets: Any, weights: Weights = None, across: Reduce = "mean", batch_size: int | None = None
+        self, call: str, targets: Any, weights: Weights = None, across: Across = "mean", batch_size: int | None = None
     ) -> None:
         self._call, self.weights, self.across = call, weights, across
         self.sets: dict[str, range] | None = None
-        if across not in ("mean", "max", "min"):
-            raise ValueError(f"`{call}(across={across!r})`: expected 'mean', 'max' or 'min'.")
+        if across not in get_args(Across):
+            raise ValueError(f"`{call}(across={across!r})`: expected one of {list(get_args(Across))}.")
         if not isinstance(targets, Mapping):
             if weights is not None or across != "mean":
                 raise ValueError(
@@ -61,6 +63,11 @@ class NamedTargets:
         for name, loader in loaders.items():
             start = sum(map(len, self.sets.values()))
             self.sets[name] = range(start, start + loader.num_examples)
+        if across == "round-robin" and weights is not None:
+            raise ValueError(
+                f"`{call}(across='round-robin', target_weights=...)`: every target set takes its turn. Expected "
+                "target_weights with 'mean', 'max' or 'min'; leave a set out that shall be avoided."
+            )
         self._check_weights(dict.fromkeys(self.sets, 1.0) | dict(weights or {}))
 
     def _check_weights(self, factors: dict[str, float]) -> None:
@@ -70,7 +77,7 @@ class NamedTargets:
             raise ValueError(
                 f"`{self._call}(target_weights)`: {unknown} are no targets; expected names among {list(self.sets)}."
             )
-        if not all(map(math.isfinite, factors.values())) or not any(factors.values()):
+        if not all(map(_is_finite, factors.values())) or not any(factors.values()):
             raise ValueError(
                 f"`{self._call}(target_weights)`: expected finite numbers that are not all 0; got {factors}."
             )
@@ -95,8 +102,8 @@ class NamedTargets:
             return
         if self.across != "mean":
             raise ValueError(
-                f"`{self._call}(across={self.across!r}, rule={rule!r})`: the largest or smallest score has no "
-                "interactions. Expected rule=TopK(), or across='mean' with target_weights."
+                f"`{self._call}(across={self.across!r}, rule={rule!r})`: the largest, the smallest or one in turn "
+                "has no interactions. Expected rule=TopK(), or across='mean' with target_weights."
             )
 
     @property
@@ -120,6 +127,16 @@ class NamedTargets:
         return target_interactions(scores, self.sets, self.weights, weight=weight, curvature_scores=fisher)
 
     def top(self, scores: Scores, terms: Terms) -> Selection:
-        """The rows with the largest of the scores for all sets taken together, max or min."""
-        values = aggregate(scores, self.across, targets=self.sets, weights=self.weights) / terms.rows
-        return TopK().select(values, budget=terms.budget, ids=scores.train_ids, constraints=terms.constraints)
+        """The rows with the largest of the scores for all sets taken together, max or min, or for each in turn."""
+        return select_by_scores(
+            replace(scores, values=scores.total().double() / terms.rows, components=None),
+            budget=terms.budget,
+            constraints=terms.constraints,
+            across=self.across,
+            targets=self.sets,
+            weights=self.weights,
+        )
+
+
+def _is_finite(number: object) -> bool:
+    return isinstance(number, Real) and math.isfinite(number)

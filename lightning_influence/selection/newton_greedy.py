@@ -80,6 +80,11 @@ class NewtonGreedy(FillingRule):
             raise ValueError(f"`NewtonGreedy(ridge={self.ridge!r})`: expected a finite number > 0, such as 0.1.")
         object.__setattr__(self, "unseen", _checked_unseen(self.unseen, self.ids))
 
+    @property
+    def known_rows(self) -> int:
+        """Those of the unseen part, where they have no ids."""
+        return len(self.unseen) if self.ids is None and self.unseen is not None else 0
+
     def _fill(self, pool: Factors, admission: Admission) -> None:
         if pool.features is None:
             raise ValueError(

@@ -16,8 +16,9 @@ from lightning_influence.curvature import EKFAC, Curvature
 from lightning_influence.curvature.base import loss_for
 from lightning_influence.estimators.influence_function import InfluenceFunction
 from lightning_influence.estimators.interactions import Interactions
+from lightning_influence.estimators.queries import check_one_loss
 from lightning_influence.estimators.scores import Scores
-from lightning_influence.selection.aggregate import Reduce, Weights
+from lightning_influence.selection.aggregate import Across, Weights
 from lightning_influence.selection.base import SelectionRule
 from lightning_influence.selection.budget import Budget, TokenBudget, resolve_budget
 from lightning_influence.selection.constraints import Constraints
@@ -52,7 +53,7 @@ def select_training_data(
     constraints: Constraints | None = None,
     leaks: Leaks = "warn",
     target_weights: Weights = None,
-    across: Reduce = "mean",
+    across: Across = "mean",
     rule: Rule | None = None,
     curvature: Curvature | None = None,
     loss: ExampleLoss | Callable[[nn.Module, Any], Tensor] | None = None,
@@ -82,7 +83,7 @@ def select_training_data(
         target_weights: Factors of the named sets, 1 for those left out; a negative one for what shall be avoided
             (`target_interactions`).
         across: With named sets: their weighted mean, or, with `TopK` alone, the largest or smallest of the weighted
-            scores (`aggregate`).
+            scores (`aggregate`), or ``"round-robin"``: the sets take turns (`RoundRobin`).
         rule: How rows are chosen. ``"newton"`` for ``Newton()``: `NewtonPool.select` by the scores of the pool for the
             targets and for landmarks of its own, without the rows that the others contradict; with
             ``Newton(ridge="saturate")`` for training of an epoch or two; with ``Newton(ridge="held-out")`` by
@@ -112,9 +113,9 @@ def select_training_data(
 
     Raises:
         ValueError: If an argument does not fit, no selection can meet the constraints, rows leak that must not, there
-            are fewer targets than folds to hold out, a target has nothing supervised or a loss that is not finite, or
-            a pool row holds a number that makes its loss so, before any pass of the model over the pool; if the loss
-            of another pool row is not finite.
+            are fewer targets than folds to hold out, a target has nothing supervised, cannot be scored by the model or
+            has a loss that is not finite, or a pool row holds a number that makes its loss so, before any pass of the
+            model over the pool; if the loss of another pool row is not finite.
         UnsupportedLayerError: If the model has no component.
 
     Warns:
@@ -135,7 +136,8 @@ def select_training_data(
         rule.landmarks_of(rows.num_examples, call=CALL)
     curvature = EKFAC(seed=seed) if curvature is None else curvature
     influence = InfluenceFunction(model, curvature, loss, components, normalise=normalise, progress=progress)
-    _check_targets(influence, goals, "sampled" in (target_curvature, None if curvature.fitted else curvature.fisher))
+    drawn = "sampled" in (target_curvature, None if curvature.fitted else curvature.fisher)
+    _check_targets(influence, goals, rows, drawn)
     audit = audit_pool(model, rows, goals, loss, progress)
     rows = _usable(rows, audit, leaks, repeats=constraints is None or constraints.duplicates == "allow")
     chooser = NewtonGreedy() if isinstance(rule, Newton) else rule
@@ -144,7 +146,7 @@ def select_training_data(
     told["landmarks"] = _landmarks(rule, influence, goals, rows)
     suspects = sorted(set(audit.suspects) & set(rows.ids))
     if suspects:
-        influence.check(ExampleLoader(rows, indices=suspects))
+        influence.check(ExampleLoader(rows, indices=suspects), what="pool rows")
     influence.fit(rows)
     if isinstance(rule, Newton | NewtonGreedy):
         selection = _by_newton(NewtonPool.scored(influence, goals, rows, **told), rule, terms)
@@ -210,9 +212,10 @@ def _held_out(
     return held_out_weight(scores, terms.rows, folds=FOLDS if folds is None else folds, **told)
 
 
-def _check_targets(influence: InfluenceFunction, goals: ExampleLoader, sampled: bool) -> None:
-    """That they have losses, and labels that can be drawn where they shall be."""
-    influence.check(goals)
+def _check_targets(influence: InfluenceFunction, goals: ExampleLoader, rows: ExampleLoader, sampled: bool) -> None:
+    """That they have losses, of the kind that the pool has, and labels that can be drawn where they shall be."""
+    influence.check(goals, what="targets")
+    check_one_loss(CALL, influence.model, rows, goals, influence.loss)
     if sampled:
         influence.check(ExampleLoader(goals, indices=goals.ids[:1]), labels="sampled")
 

@@ -50,6 +50,11 @@ class RedundancyFilter(FillingRule):
             raise ValueError(f"`RedundancyFilter(threshold={given!r})`: expected a cosine in (-1, 1], such as 0.9.")
         object.__setattr__(self, "embeddings", checked_embeddings("RedundancyFilter", self.embeddings, self.ids))
 
+    @property
+    def known_rows(self) -> int:
+        """Those of the embeddings, where they have no ids."""
+        return len(self.embeddings) if self.ids is None and self.embeddings is not None else 0
+
     def _fill(self, pool: Factors, admission: Admission) -> None:
         by_id = pool.id_ranks.cpu().argsort()
         vectors = unit_rows(f"{self!r}.select", pool, self.embeddings, self.ids)

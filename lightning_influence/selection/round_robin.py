@@ -59,6 +59,11 @@ class RoundRobin(FillingRule):
         known = self.scores.train_ids if isinstance(self.scores, Scores) else self.ids
         return check_ids("RoundRobin", known, self._table.shape[1])
 
+    @property
+    def known_rows(self) -> int:
+        """Those of a table of scores without ids."""
+        return 0 if isinstance(self.scores, Scores) or self.ids is not None else self._table.shape[1]
+
     def __repr__(self) -> str:
         return f"RoundRobin({len(self._table)} targets)"
 

@@ -32,13 +32,34 @@ def of_rows(call: str, names: Sequence[Id], given: Any) -> list[Any]:
     """What is given for each of some rows: in a sequence by position, or a mapping or function by id.
 
     Raises:
-        ValueError: If there is nothing for an id, which is named.
+        ValueError: If there is nothing for an id, which is named; or more in a sequence than there are rows, where a
+            range of row numbers stands for their ids.
     """
     if callable(given):
         return [given(name) for name in names]
     listed = given.tolist() if hasattr(given, "tolist") else given
+    if isinstance(names, range):
+        check_positions(call, by_position(listed), len(names))
     places(call, names, list(listed) if isinstance(listed, Mapping) else range(len(listed)))
     return [listed[name] for name in names]
+
+
+def by_position(given: Any) -> int:
+    """For how many rows something is given in a sequence; 0 where it is a mapping or function, or nothing."""
+    return 0 if given is None or callable(given) or isinstance(given, Mapping) else len(given)
+
+
+def check_positions(call: str, known: int, rows: int) -> None:
+    """Refuse data by position of more rows than a pool has: it is that of another, and would fall to other rows.
+
+    Raises:
+        ValueError: If it is.
+    """
+    if known > rows:
+        raise ValueError(
+            f"`{call}`: expected data for each of the {rows} rows of the pool, by position. There is some for {known}: "
+            "pass that of these rows, in their order, or ids for both."
+        )
 
 
 def rows_by_id(call: str, pool: Factors, embeddings: Any, ids: Sequence[Id] | None) -> Tensor:

@@ -128,6 +128,11 @@ class Submodlib(SelectionRule):
             bound = ">= 0" if low == 0 else "> 0"
             raise ValueError(f"`Submodlib({self.function!r}, lambda_val={given!r})`: expected a finite number {bound}.")
 
+    @property
+    def known_rows(self) -> int:
+        """Those of the embeddings, where they have no ids."""
+        return len(self.embeddings) if self.ids is None and self.embeddings is not None else 0
+
     def admission(self, call: str, pool: Factors, budget: Budget, constraints: Constraints) -> Admission:
         """As in `SelectionRule`; also refuses what submodlib's optimizers cannot keep to."""
         refused = [name for name in ("must_include", "min_per_source", "max_per_source") if getattr(constraints, name)]

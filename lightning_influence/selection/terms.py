@@ -15,7 +15,7 @@ from lightning_influence.selection.base import SelectionRule
 from lightning_influence.selection.budget import Budget, TokenBudget, TokenKind, resolve_budget
 from lightning_influence.selection.constraints import Constraints
 from lightning_influence.selection.pool_audit import PoolAudit
-from lightning_influence.selection.row_data import of_rows
+from lightning_influence.selection.row_data import by_position, check_positions, of_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +56,11 @@ def settle_terms(
         audit: Of the whole pool.
 
     Raises:
-        ValueError: If no selection can meet them (`Constraints`), or tokens cannot be counted.
+        ValueError: If no selection can meet them (`Constraints`), tokens cannot be counted, or what is given by
+            position is of more rows than the data set has.
     """
+    for argument, known in _given(budget, constraints, rule).items():
+        check_positions(f"{call}({argument})", known, len(rows.dataset))  # type: ignore[arg-type]
     if isinstance(budget, TokenBudget) and budget.counts is None:
         budget = replace(budget, counts=token_counts(call, rows, loss, budget.of))
     if constraints is not None:
@@ -73,6 +76,13 @@ def settle_terms(
         pool = Factors(torch.zeros(n, dtype=torch.float64), None, None, tuple(rows.ids))
         rule.admission(call, pool, settled, Constraints() if constraints is None else constraints)
     return Terms(settled, constraints, expected_rows(settled, rows.ids))
+
+
+def _given(budget: Budget, constraints: Constraints | None, rule: SelectionRule) -> dict[str, int]:
+    """For how many rows each argument brings something by position."""
+    found = {name: getattr(constraints, name, None) for name in ("sources", "duplicate_keys", "costs")}
+    counted = {name: by_position(data) for name, data in found.items()}
+    return {f"rule={rule!r}": rule.known_rows, **counted, "budget": by_position(getattr(budget, "counts", None))}
 
 
 def expected_rows(budget: int | TokenBudget, ids: Sequence[Id]) -> int:

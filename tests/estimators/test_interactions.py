@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_influence.estimators.interactions import Interactions
-from lightning_influence.selection import InteractionGreedy
+from lightning_influence.selection import Constraints, InteractionGreedy
 from tests import oracles
 from tests.estimators.retraining import digits, neighbours, retrained_changes, spearman
 
@@ -159,6 +159,9 @@ def test_selection_minimises_the_addition_estimate() -> None:
     truth = oracles.greedy(interactions.values, dense, 6, interactions.ids)
     assert list(selection.positions) == truth
     assert selection.objective == pytest.approx(interactions.estimate(selection.ids, "addition"), abs=1e-12)
+    [first, *_] = selection.ids
+    others = interactions.select(InteractionGreedy(), 3, Constraints(exclude=[first]))
+    assert (first in others.ids, len(others)) == (False, 3)
 
 
 @dataclass(frozen=True)

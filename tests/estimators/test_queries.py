@@ -3,12 +3,24 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_influence import EKFAC, ClassificationLoss, ExampleLoader, GradientDot, Identity
+from lightning_influence import (
+    EKFAC,
+    ClassificationLoss,
+    ExampleLoader,
+    GradientDot,
+    GroupInfluence,
+    Identity,
+    RegressionLoss,
+    UnsupportedLayerError,
+    select_training_data,
+)
 from lightning_influence.estimators.queries import (
     asked,
     check_asked,
+    check_one_loss,
     check_supervised,
     damping_label,
+    naming_batch,
     row_ids,
     sampled_losses,
     warn_of_flat,
@@ -64,3 +76,34 @@ def test_a_measurement_that_is_flat_everywhere_is_told() -> None:
         assert not flat.score(points(3), points(4)).values.any()
     warn_of_flat("x", None, {"a": torch.zeros(2, 3)})
     warn_of_flat("x", flat.query_loss, {"a": torch.zeros(2, 3), "b": torch.ones(2, 1)})
+
+
+def test_queries_that_the_head_cannot_score_are_named() -> None:
+    rows = points(5)
+    beyond = [*rows[:4], (rows[4][0], torch.tensor(7))]
+    narrow = [(x[:2], y) for x, y in rows]
+    estimator = GradientDot(mlp(), batch_size=2, progress=False)
+    named = r"Got \[7\]. The batch was that of the queries of id 4\."
+    with pytest.raises(ValueError, match=named):
+        estimator.check(beyond)
+    shapes = r"cannot score the queries of ids 0, 1 \(RuntimeError: mat1 and mat2 .*Expected"
+    with pytest.raises(ValueError, match=shapes):
+        estimator.check(narrow)
+    with pytest.raises(ValueError, match=named.replace("queries", "targets")):
+        select_training_data(mlp(), points(6), beyond, budget=2, batch_size=2, progress=False)
+    broken = [*rows[:4], (rows[4][0] * torch.nan, rows[4][1])]
+    with pytest.raises(ValueError, match=r"not finite \(ids \[4\]\).* The batch was that of the pool rows of id 4\."):
+        select_training_data(mlp(), broken, points(2, seed=1), budget=2, progress=False)
+    with pytest.raises(UnsupportedLayerError, match=r"^as it is$"), naming_batch("rows", [0]):
+        raise UnsupportedLayerError("as it is")
+
+
+def test_targets_with_labels_of_another_kind_than_the_pool() -> None:
+    model, pool = mlp(), points(6)
+    targets = [(x, torch.tensor([0.2, 0.5, 0.3])) for x, _ in pool]
+    told = r"by their labels, the pool is to be scored by ClassificationLoss and the targets by RegressionLoss"
+    with pytest.raises(ValueError, match=r"`select_training_data\(targets\)`: " + told):
+        select_training_data(model, pool, targets, budget=2, progress=False)
+    with pytest.raises(ValueError, match=r"`GroupInfluence.fit\(targets\)`: " + told):
+        GroupInfluence(model, Identity(), progress=False).fit(pool, targets)
+    check_one_loss("here", model, ExampleLoader(pool), ExampleLoader(targets), RegressionLoss())

@@ -207,7 +207,7 @@ def test_tensors_with_gradients_are_taken_as_they_are(rule: SelectionRule) -> No
 
 @every_rule
 def test_one_row(rule: SelectionRule) -> None:
-    selection = rule.select(torch.tensor([2.0]), torch.tensor([[3.0]]), budget=1)
+    selection = rule.select(torch.tensor([2.0]), torch.tensor([[3.0]]), budget=1, ids=[0])
     step = 1 / (9 + rule.ridge * 9) if isinstance(rule, NewtonGreedy) else 1.0
     first_order, interaction = -2.0 * step, 4.5 * step**2
     assert selection.to_dict() == {

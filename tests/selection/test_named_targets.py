@@ -14,6 +14,7 @@ from lightning_influence.selection import (
     Newton,
     NewtonGreedy,
     NewtonPool,
+    RoundRobin,
     TopK,
     held_out_weight,
     select_by_scores,
@@ -76,6 +77,15 @@ def test_largest_and_smallest(model, scores, across):
     torch.testing.assert_close(found.gains, expected.gains / 6, rtol=1e-4, atol=1e-7)
 
 
+def test_taking_turns(model, scores):
+    found = choice(model, NAMED, rule=TopK(), across="round-robin")
+    means = torch.stack([scores.total()[list(members)].mean(0) for members in SETS.values()])
+    turns = RoundRobin(means).select(means.mean(0), budget=6)
+    assert found.ids == turns.ids
+    assert {found.ids[0], found.ids[1]} == {int(means[0].argmax()), int(means[1].argmax())}
+    torch.testing.assert_close(found.gains, turns.gains / 6, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("weights", [{}, {"maths": 3.0}, {"law": -0.5}])
 def test_the_newton_step_for_all_sets(model, scores, weights):
     shares = NamedTargets("f", NAMED, weights).shares
@@ -130,7 +140,10 @@ def test_rows_one_set_after_another():
         ({}, {}, r"targets=\{\}\)`: expected at least one target set by name"),
         (LAW, {"target_weights": {"law": 1.0}}, "target_weights and across are for several target sets"),
         (LAW, {"across": "max"}, "target_weights and across are for several target sets"),
-        (NAMED, {"across": "median"}, "expected 'mean', 'max' or 'min'"),
+        (NAMED, {"across": "median"}, r"expected one of \['mean', 'max', 'min', 'round-robin'\]"),
+        (NAMED, {"across": "round-robin", "target_weights": {"law": 2.0}}, "every target set takes its turn"),
+        (NAMED, {"across": "round-robin"}, r"has no interactions. Expected rule=TopK\(\)"),
+        (NAMED, {"target_weights": {"law": "much"}}, "expected finite numbers that are not all 0"),
         (NAMED, {"target_weights": {"low": 1.0}}, r"\['low'\] are no targets; expected names among \['maths', 'law'\]"),
         (NAMED, {"target_weights": {"law": float("nan")}}, "expected finite numbers that are not all 0"),
         (NAMED, {"across": "max"}, r"has no interactions. Expected rule=TopK\(\)"),
@@ -143,6 +156,6 @@ def test_rows_one_set_after_another():
     ],
 )
 def test_refused(monkeypatch, model, targets, options, message):
-    monkeypatch.setattr(InfluenceFunction, "check", lambda *_: pytest.fail("the model has run"))
+    monkeypatch.setattr(InfluenceFunction, "check", lambda *_, **__: pytest.fail("the model has run"))
     with pytest.raises(ValueError, match=message):
         choice(model, targets, **options)

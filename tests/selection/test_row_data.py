@@ -8,7 +8,16 @@ import torch
 from lightning_influence.curvature import Identity
 from lightning_influence.estimators import LossScore, RepresentationSimilarity
 from lightning_influence.estimators.factors import Factors
-from lightning_influence.selection import BalancedRandom, FacilityLocation, RedundancyFilter, RoundRobin
+from lightning_influence.selection import (
+    BalancedRandom,
+    Constraints,
+    FacilityLocation,
+    NewtonGreedy,
+    RedundancyFilter,
+    RoundRobin,
+    TokenBudget,
+    TopK,
+)
 from lightning_influence.selection.pipeline import select_training_data
 from lightning_influence.selection.row_data import checked_embeddings, places, unit_rows
 from tests.curvature.models import Tokens, ready, texts
@@ -68,3 +77,39 @@ def test_every_baseline_takes_the_place_of_a_rule() -> None:
         assert selection.positions == selection.ids
     by_loss = select_training_data(model, pool, targets, rule=RoundRobin(scores), **options).ids
     assert by_loss == tuple(k for k, _ in scores.top(8) if k != 2)[:3]
+
+
+TOO_MANY = "expected data for each of the 3 rows of the pool, by position. There is some for 4"
+
+
+@pytest.mark.parametrize(
+    ("rule", "settings"),
+    [
+        (FacilityLocation(torch.eye(4)), {}),
+        (RedundancyFilter(0.9, torch.eye(4)), {}),
+        (RoundRobin(torch.eye(4)), {}),
+        (BalancedRandom(["a", "b"] * 2), {}),
+        (NewtonGreedy(unseen=torch.ones(4)), {}),
+        (TopK(), {"constraints": Constraints(sources=["a"] * 4, min_per_source=0)}),
+        (TopK(), {"constraints": Constraints(costs=[1.0] * 4)}),
+        (TopK(), {"constraints": Constraints(duplicates="first", duplicate_keys=[1, 2, 3, 4])}),
+        (TopK(), {"budget": TokenBudget(2, counts=[1] * 4)}),
+    ],
+)
+def test_data_by_position_of_another_pool(rule, settings) -> None:
+    parts = torch.arange(3.0), torch.eye(3)
+    with pytest.raises(ValueError, match=re.escape(TOO_MANY)):
+        rule.select(*parts, **{"budget": 2, **settings})
+    assert set(rule.select(*parts, ids=[3, 1, 2], **{"budget": 2, **settings}).ids) <= {1, 2, 3}
+
+
+def test_data_by_position_of_another_data_set() -> None:
+    model, pool = ready(Tokens()), texts(3)
+    for rule, settings in [
+        (FacilityLocation(torch.eye(4)), {}),
+        (TopK(), {"constraints": Constraints(sources=["a"] * 4, min_per_source=0)}),
+        (TopK(), {"budget": TokenBudget(9, counts=[1] * 4)}),
+    ]:
+        options = {"budget": 1, "curvature": Identity(), "rule": rule, "progress": False, **settings}
+        with pytest.raises(ValueError, match=re.escape(TOO_MANY)):
+            select_training_data(model, pool, texts(2, seed=1), **options)
