@@ -134,7 +134,7 @@ class DataSelector(ServedRows):
         inner = data if is_datamodule(data) else PlainData(data, val, settings)
         budget = checked_budget("DataSelector", budget)
         part = None if warmup is None else WarmUp(warmup, seed)
-        super().__init__(inner, budget, part, loader_fn, is_set_up=inner is not data)
+        super().__init__(inner, budget, part, loader_fn, is_set_up=inner is not data, constraints=constraints)
         self._targets = None if targets is None else checked_targets(targets)
         self._options: dict[str, Any] = {
             "constraints": constraints,

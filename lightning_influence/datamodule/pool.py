@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sized
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_influence.datamodule.warm_up import WarmUp
-from lightning_influence.selection import TokenBudget, check_budget
+from lightning_influence.estimators.factors import Factors
+from lightning_influence.selection import Constraints, TokenBudget, check_budget
 from lightning_influence.selection.budget import Budget, resolve_budget
 
 
@@ -48,16 +51,24 @@ def checked_budget(call: str, budget: Budget | None) -> Budget | None:
     return budget if isinstance(budget, TokenBudget | None) else check_budget(budget, call)
 
 
-def check_size(loader: Any, budget: Budget | None, warmup: WarmUp | None) -> None:
-    """Tell of parts that the pool does not have before the warm-up, and not after it.
+def check_size(
+    loader: Any, budget: Budget | None, warmup: WarmUp | None, constraints: Constraints | None = None
+) -> None:
+    """Tell of what the pool cannot give before the warm-up, and not after it.
+
+    Which rows are equal, and how many tokens they have, is not known yet: what depends on these is told by `select`.
 
     Raises:
-        ValueError: If the budget or the warm-up part is larger than the pool, or a share that rounds to nothing.
+        ValueError: If the budget or the warm-up part is larger than the pool, or a share that rounds to nothing; if no
+            selection of so many rows can meet the constraints.
     """
     size = pool_size(loader)
     if size is None:
         return
     if not isinstance(budget, TokenBudget | None):
         resolve_budget(budget, size, "DataSelector")
+        if constraints is not None:
+            rows = Factors(torch.zeros(size, dtype=torch.float64), None, None, range(size))
+            replace(constraints, duplicates="allow", duplicate_keys=None).admission("DataSelector", rows, budget)
     if warmup is not None:
         warmup.check(size)

@@ -14,7 +14,7 @@ from lightning_influence.datamodule.chosen import Chosen
 from lightning_influence.datamodule.pool import check_size, checked_pool
 from lightning_influence.datamodule.warm_up import WarmUp
 from lightning_influence.datamodule.wrapper import DataModuleWrapper, overrides
-from lightning_influence.selection import Selection
+from lightning_influence.selection import Constraints, Selection
 from lightning_influence.selection.budget import Budget
 from lightning_influence.selection.selected_loader import selected_loader, subset
 
@@ -28,6 +28,7 @@ class ServedRows(DataModuleWrapper):
         warmup: What is served before there is a selection; None for the whole pool.
         loader_fn: Makes a DataLoader of a part of the dataset; None to build one like the pool's.
         is_set_up: Whether the data is there already, without a fit.
+        constraints: What will be asked of the choice, to refuse at once what no choice can meet.
     """
 
     def __init__(
@@ -38,14 +39,15 @@ class ServedRows(DataModuleWrapper):
         loader_fn: Callable[..., Any] | None,
         *,
         is_set_up: bool,
+        constraints: Constraints | None = None,
     ) -> None:
         super().__init__(inner)
-        self._budget, self._warmup, self._loader_fn = budget, warmup, loader_fn
+        self._budget, self._warmup, self._loader_fn, self._limits = budget, warmup, loader_fn, constraints
         self._file: str | None = None
         self._chosen: Chosen | None = None
         self._is_set_up = is_set_up
         if is_set_up:
-            check_size(inner.train_dataloader(), budget, warmup)
+            check_size(inner.train_dataloader(), budget, warmup, constraints)
 
     @property
     def selection(self) -> Selection | None:
@@ -127,7 +129,7 @@ class ServedRows(DataModuleWrapper):
         """The pool's loader as it is, or one like it over the rows that the fit shall see now."""
         if self._chosen is None and self._warmup is None:
             whole = self._inner.train_dataloader()
-            check_size(whole, self._budget, self._warmup)
+            check_size(whole, self._budget, self._warmup, self._limits)
             return whole
         loader = self.pool_dataloader()
         served = self._served(loader)
@@ -146,7 +148,7 @@ class ServedRows(DataModuleWrapper):
             self._chosen = self._chosen.found_in(loader.dataset)
             return self._chosen
         assert self._warmup is not None
-        check_size(loader, self._budget, self._warmup)
+        check_size(loader, self._budget, self._warmup, self._limits)
         return self._warmup.of(loader.dataset)
 
     def setup(self, stage: str) -> None:

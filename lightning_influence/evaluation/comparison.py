@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -127,7 +128,8 @@ def compare(
 
     Raises:
         ValueError: If there is nothing to compare, ids repeat or have no source, class or cost (they are named), score
-            tables are of different pools, or a name in ``seconds`` or ``losses`` is of no selection.
+            tables are of different pools, a name in ``seconds`` or ``losses`` is of no selection, or a loss is not
+            finite.
 
     >>> found = compare({"a": [0, 1], "b": [1, 2]}, classes=["x", "y", "y"], losses={"a": [0.5, 0.7]})
     >>> found.overlap[0, 1].item(), found.line("b").class_entropy, found.line("a").loss
@@ -141,6 +143,11 @@ def compare(
         odd = [name for name in given or {} if name not in chosen]
         if odd:
             raise ValueError(f"`{_CALL}({argument})`: {odd} are no selections; expected names among {list(chosen)}.")
+    for name, own in (losses or {}).items():
+        if not all(map(math.isfinite, own)):
+            raise ValueError(
+                f"`{_CALL}(losses)`: {name!r} has {list(own)}; expected finite losses. Leave diverged seeds out."
+            )
     lines = []
     for name, ids in chosen.items():
         origins, kinds = _labels("sources", sources, ids), _labels("classes", classes, ids)

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_influence.datamodule import DataSelector
 from lightning_influence.estimators.influence_function import InfluenceFunction
-from lightning_influence.selection import Newton
+from lightning_influence.selection import Constraints, Newton
 from tests.datamodule.test_data_selector import NO_VALIDATION, select
 from tests.datamodule.toys import Data, Net, TrainOnly, fit, numbered, trainer
 
@@ -54,6 +54,24 @@ def test_loaders_without_positions(loader, message):
 def test_budget_is_checked_at_once(budget):
     with pytest.raises(ValueError, match=r"`DataSelector\(budget=.*\)`: expected an int >= 1 or a fraction"):
         DataSelector(Data(), budget=budget)
+
+
+@NO_VALIDATION
+@pytest.mark.parametrize(
+    ("constraints", "message"),
+    [
+        (Constraints(exclude=[99]), "exclude names rows that are not in the pool: id 99"),
+        (Constraints(sources=["a"] * 24, min_per_source={"b": 1}), "b"),
+        (Constraints(must_include=[0, 1, 2, 3], duplicates="first"), "4"),
+    ],
+)
+@pytest.mark.parametrize("part", [None, 0.5])
+def test_constraints_that_no_choice_can_meet_are_refused_before_the_warm_up(constraints, message, part):
+    selector = DataSelector(TrainOnly(DataLoader(numbered(), 2)), budget=3, constraints=constraints, warmup=part)
+    with pytest.raises(ValueError, match=rf"`DataSelector\(constraints\)`.*{message}"):
+        trainer().fit(Net(), datamodule=selector)
+    with pytest.raises(ValueError, match=rf"`DataSelector\(constraints\)`.*{message}"):
+        DataSelector(numbered(), budget=3, constraints=constraints, warmup=part)
 
 
 @NO_VALIDATION
