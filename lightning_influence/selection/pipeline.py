@@ -94,8 +94,9 @@ def select_training_data(
         components: What `find_components` takes.
         weight: Weight of one added row in the training objective: ``"saturate"`` for the largest at which the last
             picks still gain (`saturating_weight`), ``"held-out"`` for the one whose selections by some of the targets
-            explain the others best (`held_out_weight`), ``"1/k"`` or ``"1/n"`` as in the formula, or a number. Only
-            the rules that look at interactions depend on it; the Newton step has its ridge instead.
+            explain the others best (`held_out_weight`; as "saturate", with its warning, where no row is predicted to
+            help), ``"1/k"`` or ``"1/n"`` as in the formula, or a number. Only the rules that look at interactions
+            depend on it; the Newton step has its ridge instead.
         folds: Of ``weight="held-out"``: parts of the target examples, each of which is held out once; None for 5. Of
             the ridge, `Newton` has its own.
         target_curvature: Labels of the Fisher of the targets: their own, or sampled from the model.
