@@ -1,4 +1,4 @@
-"""Projected gradients of a whole pool in one file, from which selection reads without loading it."""
+"""Vectors of a whole pool in one file, from which selection reads without loading it: projected or whitened."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class GradientMatrix:
 
     @classmethod
     def open(cls, path: str | Path) -> GradientMatrix:
-        """A matrix that `ProjectedDot.write` has finished.
+        """A matrix that `ProjectedDot.write` or `InfluenceFunction.write_features` has finished.
 
         Raises:
             StoreError: If it is not there, or not finished.
@@ -125,7 +125,7 @@ def _badly_rounded(rows: Tensor, vectors: Tensor, kept: Tensor) -> int:
     too_long = ~kept.isfinite().all(1)
     if too_long.any():
         raise ValueError(
-            f"the projected gradients of {int(too_long.sum())} examples do not fit into {kept.dtype} (ids "
+            f"the vectors of {int(too_long.sum())} examples do not fit into {kept.dtype} (ids "
             f"{rows[too_long][:8].tolist()}, largest number {float(vectors.abs().max()):.3g}). Write unit vectors "
             "(normalise=True) or another dtype."
         )

@@ -17,8 +17,11 @@ from lightning_influence.capture.finite import NanPolicy, check_gradients, check
 from lightning_influence.curvature import EKFAC, Curvature
 from lightning_influence.errors import NotFittedError
 from lightning_influence.estimators.base import Estimator, Labels, Loss, damping_label, inverse_length
+from lightning_influence.estimators.gradient_matrix import GradientMatrix
 from lightning_influence.estimators.queries import warn_of_changed
+from lightning_influence.estimators.written import Writing, write_vectors
 from lightning_influence.store import Store
+from lightning_influence.store.fingerprint import tensors_fingerprint
 
 
 class InfluenceFunction(Estimator):
@@ -139,17 +142,65 @@ class InfluenceFunction(Estimator):
         self._check_room(loader.num_examples)
         if supervised:
             self._check_queries(loader)
-        rows = []
         with self.capture:
-            for records in self._records(loader, "whitened gradients", labels, seed):
-                found = dict(records)
-                rows.append(self.curvature.whitened(found.items()).cpu())
-                ids = next(iter(found.values())).ids
-                check_gradients(ids, rows[-1].sum(1).isfinite(), "examples")
-                if self.normalise:
-                    squares = torch.stack([record.squared_norms().cpu() for record in found.values()]).sum(0)
-                    rows[-1] *= inverse_length(squares)[:, None]
-        return torch.cat(rows)
+            batches = self._records(loader, "whitened gradients", labels, seed)
+            return torch.cat([self._whitened(list(records)) for records in batches])
+
+    def write_features(
+        self,
+        data: Any,
+        path: str | Path,
+        *,
+        dtype: torch.dtype = torch.float16,
+        batch_positions: int | None = None,
+        labels: Labels = "data",
+        seed: int = 0,
+    ) -> GradientMatrix:
+        """`features` of a pool too large for memory: as a file of n x r numbers of a dtype, batch by batch.
+
+        `NewtonPool`, `Interactions` and the rules read ``values`` of it where they look at them. A killed run that is
+        started again goes on where it was; features that are there already are not computed again, and those of
+        another model, data or curvature are refused. Keep the curvature in a store for that: one that is fitted again
+        may differ in its last digits.
+
+        Args:
+            data: Map-style dataset or DataLoader.
+            path: Of the npy file.
+            dtype: float16, float32 or float64. Rows that float16 cannot hold are refused, those that it rounds by more
+                than a per cent are counted in a warning: lengths depend on the damping, which `normalise` leaves.
+            batch_positions: As in `ProjectedDot.write`.
+            labels: As in `features`.
+            seed: As in `features`.
+
+        Returns:
+            The file, whose ``values`` [n, r] are in the order of the data.
+
+        Raises:
+            ValueError: If the curvature has no square root, the data is empty, a loss is not finite or a number does
+                not fit into the dtype (ids are named).
+            NotFittedError: If the curvature is not fitted.
+            StoreError: If the file holds other vectors.
+        """
+        loader = self._loader(data)
+        self._check_fitted("write_features")
+        warn_of_changed("InfluenceFunction", self.curvature, self.model)
+        columns = sum(map(self.curvature.whitened_size, self.components))
+        known = {"curvature": repr(self.curvature), "components": [c.name for c in self.curvature.components]}
+        described = {
+            "vectors": self._described("whitened"),
+            "curvature": f"{self.curvature!r}, {tensors_fingerprint(self.curvature.state(), known)}",
+        }
+        writing = Writing(path, dtype, batch_positions, labels, seed)
+        return write_vectors(self, loader, writing, columns, described, self._whitened)
+
+    def _whitened(self, records: list[tuple[Component, LayerRecord]]) -> Tensor:
+        """Of one batch, [b, r] on the CPU."""
+        ids, rows = records[0][1].ids, self.curvature.whitened(records).cpu()
+        check_gradients(ids, rows.sum(1).isfinite(), "examples")
+        if not self.normalise:
+            return rows
+        squares = torch.stack([record.squared_norms().cpu() for _, record in records]).sum(0)
+        return rows * inverse_length(squares)[:, None]
 
     def feature_bytes(self, examples: int) -> int:
         """Memory that `features` of so many examples take.
@@ -165,8 +216,9 @@ class InfluenceFunction(Estimator):
         if size > self.memory_budget:
             raise ValueError(
                 f"`InfluenceFunction.features`: {examples:,} examples take {size / 1e9:.1f} GB; expected at most "
-                f"memory_budget={self.memory_budget:,} bytes. Take projected gradients with "
-                "InfluenceFunction(model, ProjectedGram((16, 16))), or scores with score_features."
+                f"memory_budget={self.memory_budget:,} bytes. Write them to a file with write_features(data, path), "
+                "take projected gradients with InfluenceFunction(model, ProjectedGram((16, 16))), or scores with "
+                "score_features."
             )
 
     def transform(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:

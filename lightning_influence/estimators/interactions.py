@@ -18,7 +18,7 @@ from lightning_influence.estimators.interaction_views import (
     class_interactions,
     spectrum_of,
 )
-from lightning_influence.estimators.whitened import gram, thinned
+from lightning_influence.estimators.whitened import BLOCK, gram, thinned
 
 Change = Literal["removal", "addition"]
 Picks = TypeVar("Picks")
@@ -191,7 +191,9 @@ class Interactions:
                 "curvature targets."
             )
         names = check_ids(call, ids, len(features))
-        check_finite(call, "features", features.isfinite().all(dim=1), names)
+        check_finite(
+            call, "features", torch.cat([b.isfinite().all(dim=1) for b in torch.split(features, BLOCK)]), names
+        )
         for argument, rows in (("targets", targets), ("curvature_targets", fisher)):
             check_finite(call, argument, rows.isfinite().all(dim=1), range(len(rows)), "target examples")
         m = len(targets)

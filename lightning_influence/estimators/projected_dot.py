@@ -12,15 +12,11 @@ from torch import Tensor, nn
 from lightning_influence.capture import Component, ExampleLoader, LayerRecord
 from lightning_influence.capture.budget import at_once
 from lightning_influence.capture.component import Select
-from lightning_influence.capture.data_fingerprint import data_fingerprint
 from lightning_influence.capture.record import CHUNK, DenseRecord
-from lightning_influence.curvature.base import loss_for
 from lightning_influence.estimators.base import Estimator, Labels, Loss, check_supervised
-from lightning_influence.estimators.gradient_matrix import GradientMatrix, write_matrix
-from lightning_influence.estimators.pair_inputs import Side
-from lightning_influence.estimators.sorted_batches import SortedLoader
+from lightning_influence.estimators.gradient_matrix import GradientMatrix
+from lightning_influence.estimators.written import Writing, write_vectors
 from lightning_influence.projections.base import Projection
-from lightning_influence.store.fingerprint import model_fingerprint
 
 
 class ProjectedDot(Estimator):
@@ -123,28 +119,13 @@ class ProjectedDot(Estimator):
                 named).
             StoreError: If the file holds other vectors.
         """
-        loader = self._loader(data)
-        loss = loss_for(self.model, loader, self.loss)
-        settings = {
-            "vectors": self._described(repr(self.projection)),
-            "components": list(self.sizes),
-            "model": model_fingerprint(self.model),
-            "data": data_fingerprint(loader.dataset),
-            "loss": f"{type(loss).__name__}, {loss.reduction}",
-            "labels": labels if labels == "data" else f"{labels}, seed {seed}",
-            "batches": [loader.batch_size, batch_positions],
-        }
-        lengths = [1] * loader.num_examples if batch_positions is None else Side(loader, loss).lengths()
-        ordered = SortedLoader(loader, lengths, batch_positions or loader.num_examples)
+        writing = Writing(path, dtype, batch_positions, labels, seed)
+        described = {"vectors": self._described(repr(self.projection))}
+        return write_vectors(self, self._loader(data), writing, self._query_numel(), described, self._vectors)
 
-        def work(done: int) -> Iterator[tuple[Tensor, Tensor]]:
-            with self.capture:
-                for pairs in self._records(ordered.after(done), "projecting", labels, seed):
-                    records = [record for _, record in pairs]
-                    vectors = torch.cat([record.example_gradients().flatten(1) for record in records], dim=1)
-                    yield records[0].ids, _unit(vectors) if self.normalise else vectors
-
-        return write_matrix(path, loader.num_examples, sum(self.sizes.values()), dtype, settings, work)
+    def _vectors(self, records: list[tuple[Component, LayerRecord]]) -> Tensor:
+        vectors = torch.cat([record.example_gradients().flatten(1) for _, record in records], dim=1)
+        return _unit(vectors) if self.normalise else vectors
 
     def _records(
         self, loader: ExampleLoader, what: str, labels: Labels = "data", seed: int = 0, loss: Loss = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+BLOCK = 4096  # rows, or columns, that are in float64 at a time
 _RANK = 1e-10  # eigenvalues below this share of the largest are rounding of scores in float32 or float64
 
 
@@ -94,10 +95,15 @@ def thinned(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gram(left: Tensor, right: Tensor) -> Tensor:
-    """Inner products [n, m] of rows, summed in float64 over blocks of columns, whatever the dtype of the rows."""
+    """Inner products [n, m] of rows, summed in float64, whatever the dtype of the rows.
+
+    Over blocks of columns, and of the rows on the left: they may be a memory map that is larger than the memory.
+    """
     total = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
-    for k in range(0, left.shape[1], 4096):
-        total += left[:, k : k + 4096].double() @ right[:, k : k + 4096].double().T
+    for k in range(0, left.shape[1], BLOCK):
+        others = right[:, k : k + BLOCK].double().T
+        for found, rows in zip(torch.split(total, BLOCK), torch.split(left, BLOCK), strict=True):
+            found += rows[:, k : k + BLOCK].double() @ others
     return total
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,7 +17,7 @@ from lightning_influence.capture import ExampleLoader
 from lightning_influence.estimators.factors import Factors, Id
 from lightning_influence.estimators.influence_function import InfluenceFunction
 from lightning_influence.estimators.interactions import Interactions
-from lightning_influence.estimators.whitened import score_features, thinned, unseen_squares
+from lightning_influence.estimators.whitened import BLOCK, score_features, thinned, unseen_squares
 from lightning_influence.selection.admission import Admission
 from lightning_influence.selection.budget import Budget, TokenBudget, resolve_budget
 from lightning_influence.selection.constraints import Constraints
@@ -27,7 +29,6 @@ from lightning_influence.selection.saturation import saturating_ridge
 from lightning_influence.selection.selection import Selection
 from lightning_influence.selection.terms import expected_rows, in_numbers
 
-BLOCK = 4096  # rows at a time
 OPPOSED = 1.5  # rows that count as contradicted for each with a negative agreement, as two of three wrong labels have
 
 
@@ -107,7 +108,15 @@ class NewtonPool:
         return cls(found[:n], goals[:m], fisher, unseen=unseen, shares=shares, ids=ids, damping=damping)
 
     @classmethod
-    def whitened(cls, influence: InfluenceFunction, targets: Any, pool: Any) -> Self:
+    def whitened(
+        cls,
+        influence: InfluenceFunction,
+        targets: Any,
+        pool: Any,
+        *,
+        path: str | Path | None = None,
+        dtype: torch.dtype = torch.float16,
+    ) -> Self:
         """From the gradients themselves, whole for small pools or projected (`ProjectedGram`).
 
         Kept in at most n + m columns, with the same inner products.
@@ -116,13 +125,19 @@ class NewtonPool:
             influence: Fitted, with a curvature that has a square root.
             targets: Map-style dataset or DataLoader of the target examples.
             pool: Map-style dataset or DataLoader of the rows to choose from.
+            path: For a pool whose features exceed the memory: the npy file that `InfluenceFunction.write_features`
+                makes, or goes on with, and that they are read from. None for memory.
+            dtype: Of the file.
 
         Raises:
-            ValueError: As `InfluenceFunction.features`.
+            ValueError: As `InfluenceFunction.features`, or `write_features`.
+            StoreError: If the file holds other features.
         """
         goals = influence.features(targets, supervised=True)
-        ids = ExampleLoader(pool, influence.batch_size).ids
-        return cls(*thinned(influence.features(pool), goals), ids=ids, damping=influence.damping)
+        ids, damping = ExampleLoader(pool, influence.batch_size).ids, influence.damping
+        if path is not None:
+            return cls(influence.write_features(pool, path, dtype=dtype).values, goals, ids=ids, damping=damping)
+        return cls(*thinned(influence.features(pool), goals), ids=ids, damping=damping)
 
     @cached_property
     def interactions(self) -> Interactions:
@@ -149,8 +164,7 @@ class NewtonPool:
         k = resolve_budget(budget, len(self.features), "NewtonPool.ridge")
         generator = torch.Generator().manual_seed(seed)
         unseen = torch.zeros(len(self.features)) if self.unseen is None else self.unseen
-        mean = float(torch.linalg.vector_norm(self.features, dtype=torch.float64)) ** 2 + float(unseen.sum())
-        mean = mean / len(self.features) or 1.0  # without any gradient there is no scale
+        mean = self._mean_square(self.features, unseen)
         by_id = torch.tensor(self._by_id)
         goals = self.targets.double()
         counts = goals.new_ones(len(goals)) if self.shares is None else self.shares.to(goals).abs()
@@ -179,19 +193,21 @@ class NewtonPool:
         """
         kept = self.targets if self.shares is None else self.targets[self.shares >= 0]
         features, goals = thinned(self.features, kept)
-        rows, n = torch.cat([features, goals]).double(), len(features)
-        unseen = rows.new_zeros(len(rows))
+        parts, n = [*torch.split(features, BLOCK), goals.to(features.device)], len(features)
+        unseen = features.new_zeros(n + len(goals), dtype=torch.float64)
         if self.unseen is not None:
             unseen[:n] = self.unseen.to(unseen)
-        mean = float(rows[:n].square().sum() + unseen.sum()) / n or 1.0
-        dampings = unseen + NewtonGreedy(ridge).ridge * mean
-        blocks = list(zip(torch.split(rows, BLOCK), torch.split(dampings, BLOCK), strict=True))
-        precision, pull = torch.eye(rows.shape[1]).to(rows), rows.new_zeros(rows.shape[1])
-        for block, own in blocks:
+        dampings = unseen + NewtonGreedy(ridge).ridge * self._mean_square(features, unseen)
+        owns = torch.split(dampings, [len(part) for part in parts])
+        precision = torch.eye(features.shape[1]).to(dampings)
+        pull = dampings.new_zeros(features.shape[1])
+        for part, own in zip(parts, owns, strict=True):  # a block in float64 at a time: features may be a memory map
+            block = part.double()
             precision += block.T @ (block / own[:, None])
             pull += block.T @ (1 / own)
         covariance, found = torch.cholesky_inverse(torch.linalg.cholesky(precision)), []
-        for block, own in blocks:
+        for part, own in zip(parts, owns, strict=True):
+            block = part.double()
             reached = block @ covariance
             leverage = (reached * block).sum(1) / own
             found.append((reached @ pull - leverage) / (1 - leverage))
@@ -314,6 +330,11 @@ class NewtonPool:
         order = by_id[agreement[by_id].argsort(stable=True)]
         number = round(OPPOSED * int((optional & (agreement < 0)).sum()))
         return torch.tensor(admission.spared(order[optional[order]][:number].tolist()), dtype=torch.long)
+
+    def _mean_square(self, features: Tensor, unseen: Tensor) -> float:
+        """Mean ‖φ‖² of the pool, the unseen part included; 1 without any gradient, where there is no scale."""
+        squares = math.fsum(float(part.double().square().sum()) for part in torch.split(features, BLOCK))
+        return (squares + float(unseen.sum())) / len(features) or 1.0
 
     def _without(self, rows: Tensor) -> Self:
         gone = set(rows.tolist())

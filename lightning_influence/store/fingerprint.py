@@ -1,9 +1,11 @@
-"""One short name for the weights of a model."""
+"""One short name for the weights of a model, or for any named tensors."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +26,25 @@ def model_fingerprint(model: nn.Module) -> str:
     >>> model_fingerprint(model) == before
     False
     """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        described = [name, list(parameter.shape), str(parameter.dtype)]
+    return _digest(model.named_parameters())
+
+
+def tensors_fingerprint(tensors: Mapping[str, Tensor], described: Any = None) -> str:
+    """The same of named tensors, and of what else they are known by, in JSON's types.
+
+    >>> one = tensors_fingerprint({"a": torch.ones(2)}, {"damping": 0.1})
+    >>> one == tensors_fingerprint({"a": torch.ones(2)}, {"damping": 0.2})
+    False
+    """
+    return _digest(tensors.items(), json.dumps(described, sort_keys=True).encode())
+
+
+def _digest(tensors: Iterable[tuple[str, Tensor]], first: bytes = b"") -> str:
+    digest = hashlib.sha256(first)
+    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
+        described = [name, list(tensor.shape), str(tensor.dtype)]
         digest.update(json.dumps(described).encode() + b"\n")
-        digest.update(_bytes(parameter))
+        digest.update(_bytes(tensor))
     return digest.hexdigest()
 
 

@@ -198,7 +198,7 @@ def test_features_that_cannot_be() -> None:
     with pytest.raises(NotFittedError, match=r"`InfluenceFunction.features`: EKFAC is not fitted. Call fit\(train\)"):
         InfluenceFunction(mlp()).features(TRAIN)
     small = InfluenceFunction(mlp(), Identity(), memory_budget=100)
-    with pytest.raises(ValueError, match=r"15 examples take 0.0 GB; expected at most memory_budget=100 bytes. Take"):
+    with pytest.raises(ValueError, match=r"15 examples take 0.0 GB; expected at most memory_budget=100 bytes. Write"):
         small.features(TRAIN)
     iterative = InfluenceFunction(mlp(), CG()).fit(TRAIN)
     with pytest.raises(ValueError, match=r"`CG.whiten`: a curvature that is known by its products alone has no square"):

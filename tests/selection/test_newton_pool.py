@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from lightning_influence import EKFAC, InfluenceFunction, ProjectedGram
 from lightning_influence.capture import ExampleLoader
+from lightning_influence.errors import StoreError
 from lightning_influence.selection import (
     Constraints,
     Newton,
@@ -55,6 +57,24 @@ def test_as_many_landmarks_as_rows_give_all_products(options: dict[str, Any]) ->
     whole = NewtonPool.whitened(influence, TARGETS, POOL)
     rule = NewtonGreedy(0.2)
     assert pool.select(8, rule).ids == whole.select(8, rule).ids
+
+
+def test_features_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same choice, of rows that are looked at where they lie, a block at a time."""
+    monkeypatch.setattr(newton_pool, "BLOCK", 3)
+    influence, path = fitted(), tmp_path / "pool.npy"
+    whole = NewtonPool.whitened(influence, TARGETS, POOL)
+    found = NewtonPool.whitened(influence, TARGETS, POOL, path=path, dtype=torch.float64)
+    torch.testing.assert_close(products(found), products(whole))
+    torch.testing.assert_close(found.agreement(), whole.agreement())
+    torch.testing.assert_close(found.ridge(5).errors, whole.ridge(5).errors)
+    for rule in (Newton(), NewtonGreedy(0.2)):
+        assert found.select(8, rule).ids == whole.select(8, rule).ids
+    half = NewtonPool.whitened(influence, TARGETS, POOL, path=tmp_path / "half.npy")
+    assert half.features.dtype == torch.float16
+    torch.testing.assert_close(half.agreement(), whole.agreement(), rtol=0.02, atol=0.02)
+    with pytest.raises(StoreError, match="dtype: stored"):
+        NewtonPool.whitened(influence, TARGETS, POOL, path=path)
 
 
 def test_landmarks_are_known_in_full() -> None:
