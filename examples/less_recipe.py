@@ -8,6 +8,7 @@ selection for the same number of steps, and measured by the loss of a target's h
 every fine-tune is kept in a file, so that a killed run goes on when it is started again, and a long one can be run in
 pieces: --seeds, --methods and --only take a part of it.
 With --warm-up-seed all seeds select by the scores of one warm-up, which are most of the time.
+With --tune-learning-rate the same selections are tuned on at another rate than the warm-up's, kept in their own folder.
 Beside the rules of the package: random and balanced draws, length, loss, facility location, additive influence with and
 without rows that read alike, LESS as in the paper and as in its code, RDS+, embeddings (of words: TF-IDF with latent
 semantic analysis, offline), TRAK and TracIn. The last line is machine-readable.
@@ -163,19 +164,20 @@ def fine_tunes(training: Training, options: argparse.Namespace) -> None:
             pool.tables(name)
         for method in options.methods:
             for target in [ANY] if method in FOR_ANY else options.only:
-                file = pool.folder / "fine-tunes" / f"{_plain(method)}-{_plain(target)}.json"
+                folder = pool.folder / _tunes(options.tune_learning_rate)
+                file = folder / f"{_plain(method)}-{_plain(target)}.json"
                 if not file.exists():
-                    write(file, fine_tune(pool, method, target))
+                    write(file, fine_tune(pool, method, target, options.tune_learning_rate))
 
 
-def fine_tune(pool: Pool, method: str, target: str) -> dict[str, object]:
+def fine_tune(pool: Pool, method: str, target: str, rate: float | None = None) -> dict[str, object]:
     """Selects, trains and measures."""
     started = time.perf_counter()
     rows = rows_of(pool, method, target)
     chosen = time.perf_counter()
     measured = pool.recipe.targets if target == ANY else (target,)
     training = pool.training
-    losses = training.losses(training.fine_tuned(rows, pool.seed), measured)
+    losses = training.losses(training.fine_tuned(rows, pool.seed, rate), measured)
     shown = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
     ended = time.perf_counter()
     seconds = {"selection": round(chosen - started, 1), "training": round(ended - chosen, 1)}
@@ -193,12 +195,17 @@ def untouched(training: Training) -> dict[str, float]:
     return found
 
 
-def outcomes(out: Path) -> Iterator[Outcome]:
+def outcomes(out: Path, rate: float | None = None) -> Iterator[Outcome]:
     """Of every fine-tune on disk, also of earlier pieces."""
-    for file in sorted(out.glob("seed=*/fine-tunes/*.json")):
+    for file in sorted(out.glob(f"seed=*/{_tunes(rate)}/*.json")):
         found = json.loads(file.read_text())
         for target, loss in found["losses"].items():
             yield Outcome(target, found["method"], found["seed"], loss)
+
+
+def _tunes(rate: float | None) -> str:
+    """Folder of the fine-tunes at a rate, None for that of the warm-up."""
+    return "fine-tunes" if rate is None else f"fine-tunes-{rate:g}"
 
 
 def _plain(name: str) -> str:
@@ -219,7 +226,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--warm-up", type=float, default=0.05, help="share of the pool for the warm-up")
     add("--epochs", type=int, default=4, help="of the warm-up, each with a checkpoint")
     add("--steps", type=int, default=60, help="optimizer steps on each selection, 4 rows each")
-    add("--learning-rate", type=float, default=5e-4)
+    add("--learning-rate", type=float, default=5e-4, help="of the warm-up, and of tuning unless it has its own")
+    add("--tune-learning-rate", type=float, help="of tuning on the selections; scores stay those of the warm-up")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of warm-up, draws, LoRA weights and order")
     add("--warm-up-seed", type=int, help="all seeds read the scores of this one's warm-up; draws and tuning differ")
     add("--curvature-rows", type=int, help="rows of the pool that the curvature is fitted on; all without it")
@@ -257,9 +265,10 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         "scored_rows",
     )
     given = [getattr(options, name) for name in sizes]
-    given += [] if options.curvature_rows is None else [options.curvature_rows]
+    optional = "curvature_rows", "tune_learning_rate"
+    given += [getattr(options, name) for name in optional if getattr(options, name) is not None]
     if min(given) <= 0 or min(*options.seeds, options.warm_up_seed or 0) < 0:
-        named = ", ".join("--" + name.replace("_", "-") for name in (*sizes, "curvature_rows"))
+        named = ", ".join("--" + name.replace("_", "-") for name in (*sizes, *optional))
         parser.error(f"expected {named} > 0, --seeds and --warm-up-seed >= 0")
     if not 0 <= options.landmarks <= options.pool_rows:
         parser.error(f"expected --landmarks from 0 to the {options.pool_rows} rows of the pool")
@@ -301,10 +310,11 @@ def main(arguments: Sequence[str]) -> None:
     print(f"{recipe.budget} rows are selected, {recipe.warm_up_rows} are for the warm-up", flush=True)
     before = untouched(training)
     fine_tunes(training, options)
-    found = lines(list(outcomes(options.out)))
+    found = lines(list(outcomes(options.out, options.tune_learning_rate)))
     print(table(found, before))
     print(f"\n{time.perf_counter() - started:.0f} s; everything is in {options.out}")
-    print("RESULT", json.dumps({**result(found, before), "settings": asdict(recipe)}))
+    settings = {**asdict(recipe), "tune_learning_rate": options.tune_learning_rate or recipe.learning_rate}
+    print("RESULT", json.dumps({**result(found, before), "settings": settings}))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class Recipe:
         warm_up_rows: Random rows of the pool for the warm-up.
         epochs: Of the warm-up; a checkpoint after each.
         steps: Optimizer steps on each selection.
-        learning_rate: Of AdamW at the first step; it falls to 0.
+        learning_rate: Of AdamW at the first step of the warm-up, and of tuning unless told otherwise; it falls to 0.
         dimensions: Of the projected gradients of LESS.
         trak_dimensions: Of those of TRAK.
         curvature_rows: Random rows of the pool that the curvature is fitted on; None for all.
@@ -90,15 +90,15 @@ class Training:
     base: Callable[[], PreTrainedModel]
     out: Path
 
-    def original(self, seed: int, steps: int = 1) -> LoraChat:
+    def original(self, seed: int, steps: int = 1, rate: float | None = None) -> LoraChat:
         """The original model with fresh LoRA weights, the same for a seed."""
         gc.collect()  # a Trainer and its model refer to each other, and a model takes half a gigabyte
         seed_everything(seed, verbose=False)
-        return self._placed(LoraChat(self.base(), self.recipe.learning_rate, steps))
+        return self._placed(LoraChat(self.base(), rate or self.recipe.learning_rate, steps))
 
-    def fine_tuned(self, rows: Sequence[int], seed: int) -> LoraChat:
-        """The original model after the steps of the recipe on some rows of the pool."""
-        model = self.original(seed, self.recipe.steps)
+    def fine_tuned(self, rows: Sequence[int], seed: int, rate: float | None = None) -> LoraChat:
+        """The original model after the steps of the recipe on some rows of the pool, at its rate or another one."""
+        model = self.original(seed, self.recipe.steps, rate)
         self._trainer(self.recipe.steps).fit(model.train(), self._loader(rows, seed))
         return self._placed(model)
 

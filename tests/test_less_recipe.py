@@ -99,6 +99,22 @@ def test_a_run_goes_on_where_it_was(whole):
     assert again == found
 
 
+def test_another_rate_of_tuning_has_the_same_scores_and_selections(whole):
+    out, found, _ = whole
+    only = ["--methods", "interactions", "random", "--tune-learning-rate", "1e-4"]
+    slow, printed = ran(out, *only)
+    assert "scores" not in printed
+    assert set(slow["targets"]["travel"]) == {"interactions", "random"}
+    assert (slow["settings"].pop("tune_learning_rate"), found["settings"]["tune_learning_rate"]) == (1e-4, 5e-3)
+    for name in ("interactions-travel", "random-any"):
+        one, other = (
+            json.loads((out / f"seed=0/{part}/{name}.json").read_text()) for part in ("fine-tunes-0.0001", "fine-tunes")
+        )
+        assert one["rows"] == other["rows"]
+        assert other["losses"]["travel"] < one["losses"]["travel"] < found["untouched"]["travel"]
+    assert ran(out)[0] == found
+
+
 def test_pieces_of_one_run_share_their_settings(whole, capsys):
     out, _, _ = whole
     with pytest.raises(SystemExit, match=r"it holds a run with other settings, \{'targets'"):
@@ -331,12 +347,12 @@ def test_rows_that_are_not_there_are_named(folder):
         (["--only", "coin_flip"], "expected --only some of the targets leg_counting"),
         (["--budget", "5"], "expected --budget and --warm-up as shares"),
         (["--steps", "0"], "--steps"),
-        (["--curvature-rows", "0"], "--curvature-rows > 0"),
+        (["--curvature-rows", "0"], "--curvature-rows, --tune-learning-rate > 0"),
         (["--landmarks", "2401"], "expected --landmarks from 0 to the 2400 rows of the pool"),
         (["--warm-up-seed", "-1"], "--seeds and --warm-up-seed >= 0"),
         (["--device", "hpu"], "expected --device to be one that this machine has, such as cpu; got hpu"),
         (["--device", "gpu"], "expected --device to be one that this machine has, such as cpu; got gpu"),
-        (["--scored-rows", "0"], "--scored-rows, --curvature-rows > 0"),
+        (["--scored-rows", "0"], "--scored-rows, --curvature-rows, --tune-learning-rate > 0"),
         (["--model", "no/such"], "expected --model to be a folder with config.json, no/such has none"),
     ],
 )
