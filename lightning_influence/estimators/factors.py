@@ -17,6 +17,8 @@ Id = int | str
 
 _BLOCK_ON_CPU = 2**18  # elements: a float64 copy of a block stays in the cache, converting it costs no time
 _BLOCK_ELSEWHERE = 2**26
+_ROOT_ERROR = 64 * torch.finfo(torch.float64).eps
+_SMALL_RANK = 8  # a metric of at most one in so many of its rows is applied as two products with a root
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +87,16 @@ class Factors:
 
     def lift(self, shifts: Tensor) -> Tensor:
         """M applied to parameter shifts [..., r], float64."""
-        return shifts.double() if self.metric is None else shifts.double() @ self.metric
+        if self.metric is None:
+            return shifts.double()
+        if self._root is None:
+            return shifts.double() @ self.metric
+        return (shifts.double() @ self._root.T) @ self._root
+
+    @cached_property
+    def _root(self) -> Tensor | None:
+        """A [q, r] with M = AᵀA up to rounding, where few rows will do, as for the Fisher of a few targets."""
+        return None if self.metric is None else low_rank_root(self.metric, len(self.metric) // _SMALL_RANK)
 
     def shift(self, rows: Sequence[int]) -> Tensor:
         """U_S = Σ f_i over some rows, [r], float64; r = 0 without interactions."""
@@ -168,6 +179,28 @@ class Factors:
             finite["features"] = torch.cat([block.isfinite().all(dim=1) for block in self.blocks()])
         for argument, good in finite.items():
             check_finite(call, argument, good, self.ids)
+
+
+def low_rank_root(matrix: Tensor, most: int) -> Tensor | None:
+    """A [q, r] with q <= most and AᵀA the matrix up to rounding, by Cholesky with pivots; None where there is none.
+
+    Args:
+        matrix: Symmetric [r, r], float64.
+        most: Rows of A; the work is O(r most²).
+    """
+    left, root = matrix.diagonal().clone(), matrix.new_zeros(most, len(matrix))
+    enough, q = 8 * torch.finfo(matrix.dtype).eps * float(left.abs().sum()), 0
+    while float(left.sum()) > enough:
+        pivot = int(left.argmax())
+        if q == most or float(left[pivot]) <= 0:
+            return None
+        row = (matrix[pivot] - root[:q, pivot] @ root[:q]) / left[pivot].sqrt()
+        root[q] = row
+        left -= row.square()
+        left[pivot], q = 0.0, q + 1
+    found = root[:q]
+    error = torch.linalg.matrix_norm(matrix - found.T @ found)  # an indefinite matrix ends here
+    return found if float(error) <= _ROOT_ERROR * float(torch.linalg.matrix_norm(matrix)) else None
 
 
 def few(names: Sequence[Id], limit: int = 5) -> str:

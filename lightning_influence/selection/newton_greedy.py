@@ -14,10 +14,12 @@ from tqdm.auto import tqdm
 from lightning_influence.estimators.factors import Factors, Id, check_finite
 from lightning_influence.selection.admission import Admission
 from lightning_influence.selection.filling_rule import FillingRule
+from lightning_influence.selection.newton_posterior import Posterior, Shrinkage, newton_gains
 from lightning_influence.selection.row_data import places
 
-_ROUNDING = 64 * torch.finfo(torch.float64).eps  # what a product of a few thousand terms may be off
-_COLUMNS = 1024  # room for so many picks at first
+LONGEST = 32  # picks that are foreseen
+NEAR = 64  # one row in so many is looked at for that, but no fewer than
+FEWEST = 1024
 _LONG = 2e10  # multiplications, about ten seconds on one core
 
 
@@ -39,9 +41,10 @@ class NewtonGreedy(FillingRule):
 
     Every remaining row is tried for every pick, in O(r) time: from the posterior kernel P = (I + Φ_SᵀΦ_S / μ)⁻¹ of the
     rows chosen, of which one vector [r] a pick is kept, follow all φ_jᵀPφ_j, wᵀφ_j and the two parts of J in two
-    products with the features. No n × n or n × m matrix is formed. Numbers are accumulated in float64; rows whose
-    gains float64 cannot tell apart are tied, and the smaller id wins. All k rows are picked even when late ones are
-    predicted to raise the loss: read the gains. The choice is greedy and comes without a certificate.
+    products with the features; those of up to 32 picks are taken in one pass over them. No n × n or n × m matrix is
+    formed. Numbers are accumulated in float64; rows whose gains float64 cannot tell apart are tied, and the smaller id
+    wins. All k rows are picked even when late ones are predicted to raise the loss: read the gains. The choice is
+    greedy and comes without a certificate.
 
     Features must be whitened gradients here (`Interactions.from_features`), for Φ Φᵀ is what the rows do to each
     other; those of `Interactions.from_scores` are not.
@@ -91,24 +94,18 @@ class NewtonGreedy(FillingRule):
                 f"`{self!r}.select(features=None)`: expected features [n, r], the whitened gradients of the pool. "
                 "Use `TopK()` to select by the values alone."
             )
-        state = _Posterior(pool, self._dampings(pool), admission.most)
+        search = _Search(pool, self._dampings(pool), admission)
         short = 2.0 * admission.most * pool.features.numel() < _LONG
         with tqdm(total=admission.most, desc="NewtonGreedy", unit="row", disable=short, leave=False) as bar:
             while admission.more:
-                pick, gain = state.best(admission)
-                if admission.take(pick, gain):
-                    state.add(pick)
-                    bar.update()
+                bar.update(search.run())
 
     def _parts(self, pool: Factors, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         if not rows:
             return pool.in_order(rows)
         assert pool.features is not None
         index = torch.tensor(rows, device=pool.values.device)
-        chosen = Factors(pool.values[index], pool.features[index], pool.metric, tuple(pool.ids[row] for row in rows))
-        state = _Posterior(chosen, self._dampings(pool)[index], len(rows))
-        first_order, interaction = zip(*map(state.add, range(len(rows))), strict=True)
-        return torch.stack(first_order), torch.stack(interaction)
+        return newton_gains(pool, index, self._dampings(pool)[index])
 
     def _dampings(self, pool: Factors) -> Tensor:
         """What is added to ‖φ_j‖² [n]: μ and the row's unseen part."""
@@ -139,66 +136,71 @@ def _checked_unseen(unseen: Any, ids: Sequence[Id] | None) -> Tensor | None:
     return found
 
 
-class _Posterior:
-    """What the rows chosen so far leave of the others.
+class _Search:
+    """The greedy choice in runs: as many picks as can be foreseen for one pass over the features.
 
-    For every row j: ``size`` φ_jᵀPφ_j, ``predicted`` wᵀφ_j, ``slope`` (b̄ − M w)ᵀPφ_j, ``bend`` φ_jᵀP M Pφ_j. Adding j
-    moves w by c Pφ_j with c = (1 − wᵀφ_j) / (μ_j + φ_jᵀPφ_j), which changes J by −c · slope + ½ c² · bend.
+    1. The best row now, and the next ones as a few hundred rows that are near to it would have them, are foreseen; of
+       each there are two vectors [r] that all other rows have to be multiplied with.
+    2. One pass over the features multiplies by those of the whole run: as a product of matrices it is bound by
+       arithmetic, where a pick by itself is bound by reading the features.
+    3. All rows are brought up to date pick by pick and compared, as if nothing had been foreseen. The first pick that
+       comes out otherwise ends the run, and the rest of the products is void.
+
+    What is foreseen decides only how long a run lasts.
     """
 
-    def __init__(self, pool: Factors, dampings: Tensor, budget: int) -> None:
-        self.pool, self.dampings = pool, dampings  # μ_j [n]
-        self.norms = pool.norms()
-        self.size, self.slope, self.bend = self.norms.square(), pool.values.clone(), pool.self_interactions()
-        self.predicted = torch.zeros_like(self.slope)
-        self.moved = pool.shift([])  # w
-        self.columns = pool.values.new_zeros(min(budget, _COLUMNS), len(self.moved))  # Pφ_s / sqrt(μ_s + φ_sᵀPφ_s)
-        self.chosen = 0
-        self.spread = 1.0 if pool.metric is None else float(pool.metric.norm())
+    def __init__(self, pool: Factors, dampings: Tensor, admission: Admission) -> None:
+        self.pool, self.admission = pool.with_scratch(), admission
+        self.state, self.left = Posterior(self.pool, dampings), Shrinkage(pool.shift([]))
+        self.length = 1
 
-    def best(self, admission: Admission) -> tuple[int, float]:
-        """The open row that lowers J most, and by how much; the smallest id among those rounding cannot tell apart."""
-        steps = (1 - self.predicted) / (self.dampings + self.size)
-        scores = -steps * self.slope + 0.5 * steps.square() * self.bend
-        errors = admission.error_per_cost(self._errors(steps))
-        weighed = -admission.per_cost(-scores)
-        weighed[~admission.open] = torch.inf
-        tied = (weighed - errors <= (weighed + errors).min()).nonzero().flatten()
-        pick = int(tied[self.pool.id_ranks[tied].argmin()])
-        return pick, float(scores[pick])
+    def run(self) -> int:
+        """Makes the next picks and says how many."""
+        pick, gain, weighed = self.state.best(self.admission, self.admission.open)
+        foreseen = self._foresee(pick, weighed)
+        products = self._products(torch.cat([torch.stack(pair) for _, *pair in foreseen]))
+        done = 0
+        for (row, column, _), (overlap, bent) in zip(foreseen, products, strict=True):
+            if done:
+                pick, gain, _ = self.state.best(self.admission, self.admission.open)
+            if pick != row or not self.admission.take(row, gain):
+                break
+            self.state.add(row, column, overlap, bent)
+            done += 1
+            if not self.admission.more:
+                break
+        self.left.keep(done)
+        self.length = min(LONGEST, 2 * max(1, done))
+        return done
 
-    def add(self, row: int) -> tuple[Tensor, Tensor]:
-        """Adds a row and returns the two parts of what it does to J."""
-        column = self._posterior(self.pool.shift([row]))
-        curved = self._posterior(self.pool.lift(column))
-        overlap, bent = self.pool.products(torch.stack([column, curved], dim=1)).unbind(1)
-        whole = self.dampings[row] + overlap[row]
-        step = (1 - self.predicted[row]) / whole
-        slope, bend = self.slope[row].clone(), bent[row].clone()
-        share = overlap / whole
-        self.bend += share * (share * bend - 2 * bent)
-        self.slope += share * (step * bend - slope) - step * bent
-        self.predicted += step * overlap
-        self.size -= share * overlap
-        self.moved = self.moved + step * column
-        if self.chosen == len(self.columns):
-            self.columns = torch.cat([self.columns, torch.zeros_like(self.columns)])
-        self.columns[self.chosen] = column / whole.sqrt()  # with P as it was then
-        self.chosen += 1
-        return -step * slope, 0.5 * step.square() * bend
+    def _foresee(self, first: int, weighed: Tensor) -> list[tuple[int, Tensor, Tensor]]:
+        """The next picks, each with Pφ and P M Pφ [r], as far as a part of the rows tells."""
+        wanted = min(self.length, self.admission.most - len(self.admission.picks))
+        near = max(FEWEST, len(weighed) // NEAR) if wanted > 1 else 1
+        count = min(near, int(weighed.isfinite().sum()))
+        rows = weighed.topk(count, largest=False).indices
+        if not bool((rows == first).any()):  # as many others are tied with it
+            rows[-1] = first
+        assert self.pool.features is not None
+        features = self.pool.features[rows].double()
+        state, may = self.state.part(rows), torch.ones_like(rows, dtype=torch.bool)
+        place, found = int((rows == first).nonzero()[0]), []
+        while True:
+            column = self.left(features[place])
+            curved = self.left(self.pool.lift(column))
+            found.append((int(rows[place]), column, curved))
+            overlap, bent = (features @ torch.stack([column, curved], dim=1)).unbind(1)
+            self.left.attempt(column[None] / (state.dampings[place] + overlap[place]).sqrt())
+            may[place] = False
+            if len(found) == wanted or not bool(may.any()):
+                return found
+            state.add(place, column, overlap, bent)
+            place = state.best(self.admission, may, rows)[0]
 
-    def _posterior(self, vector: Tensor) -> Tensor:
-        """P applied to a vector [r]."""
-        columns = self.columns[: self.chosen]
-        left: Tensor = vector - torch.matmul(columns.T, columns @ vector)
-        return left
-
-    def _errors(self, steps: Tensor) -> Tensor:
-        """What rounding may have done to the scores."""
-        reach = self.norms * self.moved.norm()
-        squares = self.norms.square()
-        step_errors = (1 + reach + steps.abs() * squares) / (self.dampings + self.size)
-        slope_errors = self.pool.values.abs() + self.spread * reach
-        found: Tensor = (steps * self.bend - self.slope).abs() * step_errors
-        found += steps.abs() * slope_errors + 0.5 * steps.square() * self.spread * squares
-        return found * (_ROUNDING * math.sqrt(1 + self.chosen))
+    def _products(self, vectors: Tensor) -> Tensor:
+        """Of all rows with vectors [2 t, r]: [t, 2, n]."""
+        found, start = vectors.new_empty(len(vectors), len(self.pool)), 0
+        for block in self.pool.blocks():
+            found[:, start : start + len(block)] = vectors @ block.T
+            start += len(block)
+        return found.view(-1, 2, found.shape[1])

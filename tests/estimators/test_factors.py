@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_influence.estimators import factors
-from lightning_influence.estimators.factors import Factors, check_finite, check_ids, few
+from lightning_influence.estimators.factors import Factors, check_finite, check_ids, few, low_rank_root
 
 
 def drawn(n: int = 30, r: int = 4, seed: int = 0) -> Factors:
@@ -116,3 +116,37 @@ def test_finite_or_named() -> None:
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         check_finite("f", "x", torch.arange(7) == 0, range(7), "things")
+
+
+@pytest.mark.parametrize(("rank", "scale"), [(0, 1.0), (1, 1.0), (5, 1e-9), (5, 1e9)])
+def test_a_root_of_few_rows(rank: int, scale: float) -> None:
+    half = scale * torch.randn(rank, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrix = half.T @ half
+    root = low_rank_root(matrix, 5)
+    assert root is not None
+    assert root.shape == (rank, 40)
+    torch.testing.assert_close(root.T @ root, matrix, rtol=1e-12, atol=1e-13 * float(matrix.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        torch.eye(40).double(),  # of more rows
+        torch.eye(40).double().flip(0),  # whose diagonal tells nothing
+        -torch.ones(40, 40).double(),
+        torch.diag(torch.tensor([1.0, -1e-6] + [0.0] * 38)).double(),
+    ],
+)
+def test_no_root_of_few_rows(matrix: torch.Tensor) -> None:
+    assert low_rank_root(matrix, 5) is None
+
+
+@pytest.mark.parametrize("rank", [3, 40])
+def test_a_metric_of_few_targets_is_applied_by_its_root(rank: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    half = torch.randn(rank, 40, generator=generator, dtype=torch.float64)
+    pool = Factors.checked("f", torch.zeros(6), torch.randn(6, 40, generator=generator), half.T @ half)
+    rows = torch.randn(2, 3, 40, generator=generator)
+    torch.testing.assert_close(pool.lift(rows), rows.double() @ half.T @ half)
+    torch.testing.assert_close(pool.lift(rows[0, 0]), rows[0, 0].double() @ half.T @ half)
+    assert (pool._root is None) == (rank == 40)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_influence.estimators import Interactions, factors
-from lightning_influence.selection import NewtonGreedy, TopK, newton_greedy
+from lightning_influence.selection import Constraints, NewtonGreedy, TokenBudget, TopK, newton_greedy
 from tests import oracles
 from tests.selection.cases import Pool, clustered_pool, pools
 
@@ -29,6 +29,63 @@ def test_every_step_is_that_of_brute_force(pool: Pool, ridge: float) -> None:
     damping = oracles.newton_damping(pool.features, ridge)
     truth = oracles.newton_greedy(pool.values, pool.features, pool.metric, len(pool.ids), pool.ids, damping)
     assert list(greedy(pool, 1.0, ridge)) == truth
+
+
+@given(
+    pool=pools(),
+    ridge=st.sampled_from([0.01, 0.3]),
+    few=st.integers(1, 4),
+    longest=st.integers(1, 5),
+)
+def test_what_is_foreseen_does_not_matter(pool: Pool, ridge: float, few: int, longest: int) -> None:
+    """However badly: among one to four rows."""
+    expected = greedy(pool, 1.0, ridge)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(newton_greedy, "FEWEST", few)
+        patch.setattr(newton_greedy, "LONGEST", longest)
+        assert greedy(pool, 1.0, ridge) == expected
+
+
+@pytest.mark.parametrize("few", [1, 2, 7])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_runs_make_the_picks_of_single_passes(few: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also within constraints, which what is foreseen does not know of."""
+    pool = clustered_pool(dtype=dtype)
+    n, names = len(pool.ids), pool.ids
+    costs = normal(n, seed=6).abs() + 0.1
+    sources = [f"s{name % 3}" for name in names]
+    cases: list[tuple[Any, Constraints | None]] = [
+        (120, None),
+        (60, Constraints(must_include=names[40:45], exclude=names[:9])),
+        (90, Constraints(sources=sources, min_per_source=20, max_per_source=35)),
+        (80, Constraints(costs=costs)),
+        (250, Constraints(stop_if_negative_gain=True)),
+        (TokenBudget(300, counts=[name % 7 + 1 for name in names]), None),
+    ]
+
+    def picks() -> list[tuple[int, ...]]:
+        rule, given = NewtonGreedy(0.05), (pool.values, pool.features, pool.metric)
+        found = [rule.select(*given, budget=k, ids=names, constraints=limits) for k, limits in cases]
+        return [selection.positions for selection in found]
+
+    monkeypatch.setattr(newton_greedy, "LONGEST", 1)
+    expected = picks()
+    assert len(expected[4]) < 250
+    monkeypatch.undo()
+    assert picks() == expected
+    monkeypatch.setattr(newton_greedy, "FEWEST", few)
+    assert picks() == expected
+
+
+def test_most_picks_come_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, passes = clustered_pool(), []
+    products = newton_greedy._Search._products
+    monkeypatch.setattr(
+        newton_greedy._Search, "_products", lambda self, rows: passes.append(len(rows)) or products(self, rows)
+    )
+    greedy(pool, 200, 0.05)
+    assert len(passes) < 12
+    assert sum(passes) == 2 * 200  # nothing was foreseen wrongly among all rows
 
 
 @given(pool=pools(), seed=st.integers(0, 3))
