@@ -10,11 +10,9 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 from lightning_influence.selection.selection import Selection
 
 _KEPT = (
-    "batch_size",
     "num_workers",
     "collate_fn",
     "pin_memory",
-    "drop_last",
     "timeout",
     "worker_init_fn",
     "multiprocessing_context",
@@ -62,31 +60,35 @@ def selected_loader(
     Raises:
         ValueError: If the loader is of a kind that cannot be rebuilt, or the rows give no batch.
     """
-    shuffle = _shuffles(loader)
-    if loader.drop_last and len(positions) < (loader.batch_size or 1):
+    batches = _batches(loader)  # a loader made of them has no batch_size and no shuffling of its own
+    if batches.drop_last and len(positions) < batches.batch_size:
         raise ValueError(
-            f"`selected_loader`: {len(positions)} selected examples give no batch with batch_size={loader.batch_size} "
+            f"`selected_loader`: {len(positions)} selected examples give no batch with batch_size={batches.batch_size} "
             "and drop_last=True. Expected a smaller batch size, or drop_last=False."
         )
     settings: dict[str, Any] = {name: getattr(loader, name) for name in _KEPT if hasattr(loader, name)}
-    rows = subset(loader.dataset, positions)
-    if weights is None:
-        return DataLoader(rows, shuffle=shuffle, **settings)
-    drawn = WeightedRandomSampler(weights, len(positions), generator=loader.generator)
-    return DataLoader(rows, sampler=drawn, **settings)
+    settings |= {"batch_size": batches.batch_size, "drop_last": batches.drop_last}
+    rows, generator = subset(loader.dataset, positions), getattr(batches.sampler, "generator", loader.generator)
+    if weights is not None:
+        return DataLoader(rows, sampler=WeightedRandomSampler(weights, len(positions), generator=generator), **settings)
+    if isinstance(batches.sampler, RandomSampler):
+        return DataLoader(rows, sampler=RandomSampler(rows, generator=generator), **settings)
+    return DataLoader(rows, **settings)
 
 
-def _shuffles(loader: DataLoader[Any]) -> bool:
+def _batches(loader: DataLoader[Any]) -> BatchSampler:
+    """What puts its rows in batches, of all of them once in an epoch."""
     if type(loader) is not DataLoader:
         raise ValueError(_refusal(f"is a {type(loader).__name__}"))
-    if type(loader.batch_sampler) is not BatchSampler:
-        kind = "no batches" if loader.batch_sampler is None else f"a {type(loader.batch_sampler).__name__}"
+    batches = loader.batch_sampler
+    if type(batches) is not BatchSampler:
+        kind = "no batches" if batches is None else f"a {type(batches).__name__}"
         raise ValueError(_refusal(f"has {kind} as batch_sampler"))
-    if type(loader.sampler) is RandomSampler and not loader.sampler.replacement and not loader.sampler._num_samples:
-        return True
-    if type(loader.sampler) is SequentialSampler:
-        return False
-    raise ValueError(_refusal(f"has a {type(loader.sampler).__name__} of its own, which speaks of the whole dataset"))
+    sampler = batches.sampler
+    whole = type(sampler) in (SequentialSampler, RandomSampler) and len(sampler) == len(loader.dataset)  # type: ignore[arg-type]
+    if not whole or getattr(sampler, "replacement", False) or getattr(sampler, "_num_samples", None):
+        raise ValueError(_refusal(f"has a {type(sampler).__name__} of its own, which speaks of the whole dataset"))
+    return batches
 
 
 def _refusal(what: str) -> str:

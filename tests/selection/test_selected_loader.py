@@ -6,6 +6,7 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     RandomSampler,
+    SequentialSampler,
     Subset,
     TensorDataset,
     WeightedRandomSampler,
@@ -57,6 +58,28 @@ def test_serves_the_selected_rows(shuffle):
     assert shuffle or seen == [6, 1, 3]
 
 
+@pytest.mark.parametrize("kind", [SequentialSampler, RandomSampler])
+def test_a_batch_sampler_of_torch_is_served_as_the_arguments_that_it_stands_for(kind):
+    users = DataLoader(data(), batch_sampler=BatchSampler(kind(data()), 2, True))
+    loader = selected_loader(users, [6, 1, 3])
+    seen = [batch[0].tolist() for batch in loader]
+    assert [len(batch) for batch in seen] == [2]
+    assert set(seen[0]) <= {6, 1, 3}
+    assert (loader.batch_size, loader.drop_last, type(loader.sampler)) == (2, True, kind)
+    with pytest.raises(ValueError, match="1 selected examples give no batch with batch_size=2 and drop_last=True"):
+        selected_loader(users, [1])
+
+
+def test_a_sampler_keeps_its_generator():
+    users = DataLoader(data(), sampler=RandomSampler(data(), generator=torch.Generator().manual_seed(2)))
+    orders = []
+    for _ in range(2):
+        users.sampler.generator.manual_seed(2)
+        torch.rand(3)  # other global numbers
+        orders.append([int(batch[0]) for batch in selected_loader(users, range(8))])
+    assert orders[0] == orders[1]
+
+
 class Sampling(BatchSampler):
     """Somebody's own batches."""
 
@@ -74,6 +97,7 @@ class Loading(DataLoader):
         (DataLoader(data(), sampler=WeightedRandomSampler([1.0] * 8, 8)), "has a WeightedRandomSampler of its own"),
         (DataLoader(data(), sampler=RandomSampler(data(), num_samples=4)), "has a RandomSampler of its own"),
         (DataLoader(data(), sampler=RandomSampler(data(), replacement=True)), "has a RandomSampler of its own"),
+        (DataLoader(data(), sampler=SequentialSampler(range(4))), "has a SequentialSampler of its own"),
     ],
 )
 def test_loaders_that_cannot_be_rebuilt_are_refused(loader, message):
