@@ -23,6 +23,7 @@ from lightning_influence.callbacks.recording import RankError, Recording, Trigge
 from lightning_influence.callbacks.records import Record, find_records
 from lightning_influence.capture.examples import ExampleLoader
 from lightning_influence.capture.losses import Batch, ExampleLoss
+from lightning_influence.capture.unfit import UnfitExamplesError
 from lightning_influence.store import model_fingerprint
 
 When = Literal["checkpoint", "fit_end", "both"]
@@ -195,7 +196,10 @@ class Recorder(Callback, ABC):
         recording = self._recording(trainer, pl_module, SavedCheckpoint(trainer.global_step, None), "checkpoint")
         error = self._attempt(recording, self.check)
         if error is not None:
-            raise error.__cause__ or error
+            cause = error.__cause__ or error
+            if isinstance(cause, UnfitExamplesError):
+                raise UnfitExamplesError(f"{self._call(name=self.name)}: {cause}", cause.ids) from cause
+            raise cause
         if trainer.is_global_zero:
             records.sweep(recording.folder.parent)
             self._warn_of_other_runs(trainer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +20,9 @@ from lightning_influence.capture import ExampleLoader, ExampleLoss, GradientCapt
 from lightning_influence.capture.budget import check_bytes
 from lightning_influence.capture.contexts import evaluating
 from lightning_influence.capture.data_fingerprint import data_fingerprint
+from lightning_influence.capture.examples import TRAIN
 from lightning_influence.capture.finite import NanPolicy, check_nan_policy
+from lightning_influence.capture.unfit import run_batch
 from lightning_influence.curvature import EKFAC, Curvature
 from lightning_influence.curvature.iterative import IterativeCurvature
 from lightning_influence.curvature.kept import KeptRecords
@@ -142,7 +145,7 @@ class CurvatureRecorder(Recorder):
 
     def _train(self, recording: Recording) -> ExampleLoader:
         data = training_data(self._call(), recording.trainer) if self.train is None else self.train
-        return ExampleLoader(data, self.batch_size)
+        return ExampleLoader(data, self.batch_size, what=TRAIN)
 
     def _save(
         self, recording: Recording, curvature: Curvature, loss: ExampleLoss, train: ExampleLoader, count: int
@@ -213,7 +216,8 @@ def _nonfinite(recording: Recording, examples: ExampleLoader, loss: ExampleLoss)
     odd: list[int] = []
     with evaluating(recording.model), torch.no_grad():
         for ids, batch in examples:
-            odd += ids[~loss.losses(recording.model, batch).isfinite().cpu()].tolist()
+            losses = run_batch(partial(loss.losses, recording.model), batch, ids, examples.what)
+            odd += ids[~losses.isfinite().cpu()].tolist()
     return odd
 
 
@@ -221,7 +225,7 @@ def _supervised(examples: ExampleLoader, loss: ExampleLoss) -> list[int]:
     """Positions of the examples that have a target; the others, which have no gradient, are reported."""
     usable: list[int] = []
     for ids, batch in examples:
-        usable += ids[loss.supervised(batch).cpu() > 0].tolist()
+        usable += ids[run_batch(loss.supervised, batch, ids, examples.what).cpu() > 0].tolist()
     if not usable:
         raise ValueError("no training example has a supervised target; check the label mask.")
     left: Sequence[int] = sorted(set(examples.ids) - set(usable))

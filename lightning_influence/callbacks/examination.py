@@ -16,7 +16,7 @@ from lightning_influence.capture.examples import ExampleLoader
 from lightning_influence.capture.gradient_capture import GradientCapture
 from lightning_influence.capture.losses import Batch, BatchLoss, ExampleLoss, RegressionLoss, resolve_loss
 from lightning_influence.capture.losses.base import labels_of
-from lightning_influence.capture.probe import probe_loss
+from lightning_influence.capture.probe import LossProbe, probe_loss
 
 CLOSE = {torch.float64: 1e-3, torch.float32: 1e-3}  # relative; coarser formats 1e-2
 
@@ -58,14 +58,15 @@ def examine(recording: Recording, examples: ExampleLoader, loss: ExampleLoss, co
         ValueError: If the loss of an example depends on the rest of its batch.
         UnsupportedLayerError: If components have no per-example gradient.
     """
-    _, batch = next(iter(examples))
-    loss = _probed(recording, batch, loss, components, alone=examples.batch_size == 1)
+    ids, batch = next(iter(examples))
+    with GradientCapture(recording.model, find_components(recording.model, components)) as capture:
+        found = probe_loss(capture, batch, recording.in_precision(loss), ids, examples.what)
+    loss = _settled(recording, found, loss, alone=examples.batch_size == 1)
     return Examination(loss, _trained_reduction(recording, batch, loss))
 
 
-def _probed(recording: Recording, batch: Batch, loss: ExampleLoss, components: Any, alone: bool) -> ExampleLoss:
-    with GradientCapture(recording.model, find_components(recording.model, components)) as capture:
-        found = probe_loss(capture, batch, recording.in_precision(loss))
+def _settled(recording: Recording, found: LossProbe, loss: ExampleLoss, alone: bool) -> ExampleLoss:
+    """The loss to record with, if what was found of it allows for one."""
     whole = isinstance(loss, BatchLoss)
     if found.kind == "same" or (alone and found.kind == "unknown"):
         return loss

@@ -17,7 +17,9 @@ from lightning_influence.capture.examples import ExampleLoader
 from lightning_influence.estimators.scores import Scores
 
 
-def read_as_training(call: str, trainer: Trainer, data: Any, train: Any, batch_size: int | None) -> ExampleLoader:
+def read_as_training(
+    call: str, trainer: Trainer, data: Any, train: Any, batch_size: int | None, what: str
+) -> ExampleLoader:
     """Examples of data; a dataset without a loader is read with the training data's collate function and batch size.
 
     Args:
@@ -26,15 +28,16 @@ def read_as_training(call: str, trainer: Trainer, data: Any, train: Any, batch_s
         data: Map-style dataset or loader.
         train: The training data where the user gave some, or None.
         batch_size: Examples per batch; None takes the loader's.
+        what: What to call the examples in an error.
     """
     like = train if isinstance(train, DataLoader | ExampleLoader) else None
     if isinstance(data, DataLoader | ExampleLoader):
-        return ExampleLoader(data, batch_size)
+        return ExampleLoader(data, batch_size, what=what)
     try:
         training = ExampleLoader(training_data(call, trainer) if like is None else like)
     except (MisconfigurationException, ValueError):  # the fit trains on something that has no positions
-        return ExampleLoader(data, batch_size)
-    return ExampleLoader(data, batch_size or training.batch_size, training.collate_fn)
+        return ExampleLoader(data, batch_size, what=what)
+    return ExampleLoader(data, batch_size or training.batch_size, training.collate_fn, what=what)
 
 
 def own_part(recording: Recording, examples: ExampleLoader) -> ExampleLoader | None:

@@ -19,7 +19,7 @@ from lightning_influence.callbacks.preconditions import training_data
 from lightning_influence.callbacks.query_check import check_finite, texts_of
 from lightning_influence.callbacks.recording import Recording
 from lightning_influence.capture.data_fingerprint import data_fingerprint
-from lightning_influence.capture.examples import ExampleLoader
+from lightning_influence.capture.examples import TRAIN, ExampleLoader
 from lightning_influence.estimators.base import check_supervised
 from lightning_influence.estimators.component_dots import ComponentDots
 from lightning_influence.estimators.gradient_dot import GradientDot
@@ -210,14 +210,14 @@ class GradientDotRecorder(Recorder):
 
     def _train(self, recording: Recording) -> ExampleLoader:
         data = training_data(self._call(), recording.trainer) if self.train is None else self.train
-        return self._loader(recording, data)
+        return self._loader(recording, data, TRAIN)
 
     def _queries(self, recording: Recording) -> ExampleLoader:
-        return self._loader(recording, self.queries)
+        return self._loader(recording, self.queries, "queries")
 
-    def _loader(self, recording: Recording, data: Any) -> ExampleLoader:
+    def _loader(self, recording: Recording, data: Any, what: str) -> ExampleLoader:
         """A dataset without a loader is read as the training data is: with its collate function and batch size."""
-        return read_as_training(self._call(), recording.trainer, data, self.train, self.batch_size)
+        return read_as_training(self._call(), recording.trainer, data, self.train, self.batch_size, what)
 
     def _candidates(self, train: ExampleLoader, queries: ExampleLoader) -> list[list[int]] | None:
         if self.candidates is None:

@@ -16,7 +16,7 @@ from lightning_influence.callbacks.query_check import check_finite
 from lightning_influence.callbacks.recording import Recording
 from lightning_influence.capture.component import Component
 from lightning_influence.capture.data_fingerprint import data_fingerprint
-from lightning_influence.capture.examples import ExampleLoader
+from lightning_influence.capture.examples import TRAIN, ExampleLoader
 from lightning_influence.capture.losses import ExampleLoss
 from lightning_influence.curvature.adam import AdamMoments, Variant, check_optimizers, check_variant
 from lightning_influence.estimators.adam_dot import AdamDot, as_trained, less_projection, save_moments
@@ -194,7 +194,8 @@ class LESSRecorder(Recorder):
 
     def _train(self, recording: Recording) -> ExampleLoader:
         data = training_data(self._call(), recording.trainer) if self.train is None else self.train
-        return read_as_training(self._call(), recording.trainer, data, self.train, self.batch_size)
+        return read_as_training(self._call(), recording.trainer, data, self.train, self.batch_size, TRAIN)
 
     def _queries(self, recording: Recording) -> ExampleLoader:
-        return read_as_training(self._call(), recording.trainer, self.queries, self.train, self.batch_size)
+        call, trainer = self._call(), recording.trainer
+        return read_as_training(call, trainer, self.queries, self.train, self.batch_size, "queries")

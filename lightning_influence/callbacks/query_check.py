@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from lightning_influence.capture.batches import examples as cut
 from lightning_influence.capture.examples import ExampleLoader
 from lightning_influence.capture.losses import ExampleLoss
 from lightning_influence.capture.losses.batch import is_shared
+from lightning_influence.capture.unfit import run_batch
 
 
 def check_finite(recording: Recording, queries: ExampleLoader, loss: ExampleLoss) -> None:
@@ -24,7 +26,7 @@ def check_finite(recording: Recording, queries: ExampleLoader, loss: ExampleLoss
     bad: list[int] = []
     with recording.progress(len(queries)) as advance:
         for ids, batch in queries:
-            losses = loss.losses(recording.model, batch)
+            losses = run_batch(partial(loss.losses, recording.model), batch, ids, queries.what)
             if not isinstance(losses, Tensor) or losses.shape != ids.shape:
                 return  # not one for each example, of which the capture tells
             wrong = ~losses.detach().isfinite().cpu()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import UserDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,7 @@ def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return _map(batch, lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf)
 
 
-def examples(batch: Any, rows: slice) -> Any:
+def examples(batch: Any, rows: slice | Sequence[int]) -> Any:
     """Some examples of a batch, cut out of all that has one row or one item for each of them.
 
     >>> examples({"x": torch.arange(3), "names": ["a", "b", "c"], "scale": 2.0}, slice(1, 2))
@@ -56,12 +56,12 @@ def examples(batch: Any, rows: slice) -> Any:
 
     def cut(leaf: Any) -> Any:
         if isinstance(leaf, list | tuple):
-            return leaf[rows]
+            return leaf[rows] if isinstance(rows, slice) else type(leaf)([leaf[k] for k in rows])
         if not isinstance(leaf, Tensor | np.ndarray) or not leaf.ndim:
             return leaf
         if leaf.shape[0] != n:
             raise ValueError(f"it holds an array of shape {tuple(leaf.shape)}, and {n} examples.")
-        return leaf[rows]
+        return leaf[rows if isinstance(rows, slice) else list(rows)]
 
     def items(part: Any) -> bool:
         found = isinstance(part, list | tuple) and len(part) == n

@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from lightning_influence.capture.unfit import collated
+
+TRAIN = "training examples"  # what they are called in an error
+
 
 class ExampleLoader:
     """Iterates ``(ids, batch)`` over a map-style dataset, sequentially and without workers.
@@ -22,9 +26,11 @@ class ExampleLoader:
         collate_fn: None takes the loader's, or torch's default.
         indices: Positions to visit, in this order; None for all. Ids are positions in the whole dataset.
         omitted: Positions that were left out because they could not be used, to be told where results are kept.
+        what: What to call the examples in an error, unless ``data`` tells; None for "examples".
 
     Raises:
-        ValueError: If the data is empty, cannot be indexed, or an index lies outside.
+        ValueError: If the data is empty, cannot be indexed, or an index lies outside; while iterating, if examples do
+            not go into one batch (ids are named).
     """
 
     def __init__(
@@ -34,10 +40,13 @@ class ExampleLoader:
         collate_fn: Callable[[list[Any]], Any] | None = None,
         indices: Sequence[int] | None = None,
         omitted: Sequence[int] = (),
+        what: str | None = None,
     ) -> None:
         self.omitted: tuple[int, ...] = tuple(omitted)
+        self.what: str = what or "examples"
         if isinstance(data, ExampleLoader):
             self.omitted = self.omitted or data.omitted
+            self.what = self.what if data.what == "examples" else data.what
             indices = data.ids if indices is None else indices
             batch_size = data.batch_size if batch_size is None else batch_size
         elif isinstance(data, DataLoader):
@@ -74,7 +83,7 @@ class ExampleLoader:
             ids = self.ids[start : start + self.batch_size]
             fetch = getattr(self.dataset, "__getitems__", None)
             rows = fetch(ids) if fetch is not None else [self.dataset[k] for k in ids]
-            yield torch.tensor(ids, dtype=torch.int64), self.collate_fn(rows)
+            yield torch.tensor(ids, dtype=torch.int64), collated(self.collate_fn, rows, ids, self.what)
 
 
 def _checked_size(dataset: Any) -> int:

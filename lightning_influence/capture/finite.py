@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -13,6 +14,7 @@ from lightning_influence.capture.batches import to_device
 from lightning_influence.capture.contexts import evaluating
 from lightning_influence.capture.examples import ExampleLoader
 from lightning_influence.capture.losses import ExampleLoss, resolve_loss
+from lightning_influence.capture.unfit import run_batch
 
 NanPolicy: TypeAlias = Literal["raise", "omit"]
 
@@ -67,7 +69,7 @@ def omit_nonfinite(
         A loader without the others, which ``omitted`` names. There is a warning with their ids if there are any.
 
     Raises:
-        ValueError: If the data is empty, or no example is left.
+        ValueError: If the data is empty, the model cannot be run on an example (ids are named), or none is left.
     """
     loader = ExampleLoader(data, batch_size)
     device = next(model.parameters()).device
@@ -77,7 +79,8 @@ def omit_nonfinite(
         for ids, batch in loader:
             batch = to_device(batch, device)
             found = resolve_loss(model, batch, loss) if found is None else found
-            kept += ids[torch.isfinite(found.losses(model, batch)).cpu()].tolist()
+            losses = run_batch(partial(found.losses, model), batch, ids, loader.what)
+            kept += ids[torch.isfinite(losses).cpu()].tolist()
     omitted = sorted(set(loader.ids) - set(kept))
     if not kept:
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from lightning_influence.capture.layers.base import widened
 from lightning_influence.capture.losses.batch import is_shared
 from lightning_influence.capture.owners import Select
 from lightning_influence.capture.record import DenseRecord, LayerRecord, merged
+from lightning_influence.capture.unfit import FAILURES, of_device, raise_unfit
 from lightning_influence.errors import UnsupportedLayerError
 
 Losses = Callable[[nn.Module, Any], Tensor]
@@ -108,6 +110,7 @@ class GradientCapture:
         ids: Tensor | None = None,
         mask: Tensor | None = None,
         n: int | None = None,
+        what: str = "examples",
     ) -> Iterator[LayerRecord]:
         """Run one forward and backward pass and yield one record per component, in component order.
 
@@ -118,22 +121,23 @@ class GradientCapture:
             ids: Ids of the examples, int64 [n]; None numbers them.
             mask: Positions that belong to an example, bool [n, t].
             n: Number of examples; None takes the first dimension of the batch.
+            what: What to call the examples in an error.
 
         Raises:
-            ValueError: If the losses are not one finite number per example.
+            ValueError: If the losses are not one finite number per example, or ``losses`` fails (ids are named).
             UnsupportedLayerError: If components did not run, or saw something other than examples; all are named.
         """
         n = batch_size(batch) if n is None else n
         ids = torch.arange(n) if ids is None else ids.cpu()
         if tuple(ids.shape) != (n,):
             raise ValueError(f"GradientCapture.record(ids): got shape {tuple(ids.shape)} for {n} examples.")
-        log = self._observed(batch, losses, ids)
+        log = self._observed(batch, losses, ids, what)
         for component in self.components:
             with torch.inference_mode(False), torch.no_grad(), full_precision():
                 record = self._assembled(component, log, ids, mask)
             yield record
 
-    def _observed(self, batch: Any, losses: Losses, ids: Tensor) -> CallLog:
+    def _observed(self, batch: Any, losses: Losses, ids: Tensor, what: str) -> CallLog:
         """One forward and one backward pass with everything noted."""
         if self._exit is None:
             raise RuntimeError(
@@ -144,7 +148,7 @@ class GradientCapture:
             batch = map_tensors(batch, lambda t: t.clone() if t.is_inference() else t)
             self._log = log = CallLog(len(ids), self._shared)
             try:
-                values = self._values(batch, losses, ids)
+                values = self._values(batch, losses, ids, what)
                 with full_precision():
                     self._backward(values, log)
             finally:
@@ -154,22 +158,18 @@ class GradientCapture:
         self._checked = self._checked or len(ids) > 1
         return log
 
-    def _values(self, batch: Any, losses: Losses, ids: Tensor) -> Tensor:
+    def _values(self, batch: Any, losses: Losses, ids: Tensor, what: str) -> Tensor:
         """The losses, checked."""
         assert self._log is not None
         n = len(ids)
+        run = partial(self._run, losses)
         try:
-            values = losses(self.model, batch)
-        except RuntimeError as error:
+            values = run(batch)
+        except FAILURES as error:
             spread, self._log = self._log.spread, None
-            if isinstance(error, torch.cuda.OutOfMemoryError):
-                raise
-            explain_dtypes(batch, self.model, error)
-            if self._checked or not spread:
-                raise
-            with torch.no_grad():
-                losses(self.model, batch)  # fails again, unless the rows that outputs got are to blame
-            raise UnsupportedLayerError(self._refusal(dict.fromkeys(spread, _SHARED))) from error
+            if not self._checked and spread and _runs(run, batch):  # then the rows that outputs got are to blame
+                raise UnsupportedLayerError(self._refusal(dict.fromkeys(spread, _SHARED))) from error
+            raise_unfit(error, run, batch, ids, what)
         if not isinstance(values, Tensor) or tuple(values.shape) != (n,):
             shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(
@@ -179,7 +179,7 @@ class GradientCapture:
         bad = ids[~torch.isfinite(values.detach()).cpu()]
         if len(bad):
             raise ValueError(
-                f"the loss of {len(bad)} of {n} examples is not finite (ids {bad[:8].tolist()}); expected finite "
+                f"the loss of {len(bad)} of {n} {what} is not finite (ids {bad[:8].tolist()}); expected finite "
                 "losses. Repair the model, or leave these examples out: omit_nonfinite(model, data)."
             )
         ran = {call.module for call in self._log}
@@ -187,6 +187,15 @@ class GradientCapture:
         if silent:
             raise UnsupportedLayerError(self._refusal(silent))
         return values
+
+    def _run(self, losses: Losses, batch: Any) -> Any:
+        """What ``losses`` returns, whatever that is."""
+        try:
+            return losses(self.model, batch)
+        except RuntimeError as error:
+            if not of_device(error):
+                explain_dtypes(batch, self.model, error)
+            raise
 
     def _backward(self, values: Tensor, log: CallLog) -> None:
         """Gradients at every noted place."""
@@ -268,6 +277,15 @@ def _resolved(model: nn.Module, components: Select | Iterable[Component]) -> lis
         raise ValueError(f"GradientCapture(components={given!r}): expected components or names, not both.")
     check_components(model, found)
     return found
+
+
+def _runs(run: Callable[[Any], Any], batch: Any) -> bool:
+    try:
+        with torch.no_grad():
+            run(batch)
+    except FAILURES:
+        return False
+    return True
 
 
 def _hooks(capture: GradientCapture, name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:

@@ -8,11 +8,13 @@ from itertools import chain
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from lightning_influence.capture.batches import examples
 from lightning_influence.capture.gradient_capture import GradientCapture
 from lightning_influence.capture.losses import ExampleLoss
 from lightning_influence.capture.record import LayerRecord
+from lightning_influence.capture.unfit import UnfitExamplesError
 
 Kind = Literal["same", "times n", "over n", "scaled", "coupled", "fails alone", "unknown"]
 SAME_DIRECTION = 0.99  # cosine: half precision stays far above, another direction far below
@@ -55,7 +57,9 @@ class LossProbe:
         }[self.kind]
 
 
-def probe_loss(capture: GradientCapture, batch: Any, loss: ExampleLoss) -> LossProbe:
+def probe_loss(
+    capture: GradientCapture, batch: Any, loss: ExampleLoss, ids: Tensor | None = None, what: str = "examples"
+) -> LossProbe:
     """Compare the gradients of two examples alone with those in their batch: three passes, once.
 
     Of a mean over tokens, or one with weights, nothing shows in a batch in which all examples have equal shares; the
@@ -65,13 +69,15 @@ def probe_loss(capture: GradientCapture, batch: Any, loss: ExampleLoss) -> LossP
         capture: An active capture of the components of interest.
         batch: A batch on the model's device, whose tensors have the examples first.
         loss: The loss.
+        ids: Of the examples, int64 [n], for errors; None numbers them.
+        what: What to call them there.
 
     Raises:
-        ValueError: If the losses of the batch are not one finite number per example.
+        ValueError: If the losses of the batch are not one finite number per example, or cannot be computed.
         UnsupportedLayerError: If components have no per-example gradient.
     """
     n = loss.batch_size(batch)
-    whole = _started(capture, batch, loss)
+    whole = _started(capture, batch, loss, ids, what)
     if n == 1:
         return LossProbe("unknown", reason="the batch holds one example only")
     rows = _two_rows(loss.supervised(batch).tolist())
@@ -82,13 +88,16 @@ def probe_loss(capture: GradientCapture, batch: Any, loss: ExampleLoss) -> LossP
     try:
         alone = [_started(capture, part, loss) for part in parts]
     except Exception as error:
-        return LossProbe("fails alone", reason=f"{type(error).__name__}: {error}".rstrip("."))
+        cause = error.__cause__ if isinstance(error, UnfitExamplesError) and error.__cause__ is not None else error
+        return LossProbe("fails alone", reason=f"{type(cause).__name__}: {cause}".rstrip("."))
     return _verdict(_products(whole, alone, rows), n)
 
 
-def _started(capture: GradientCapture, batch: Any, loss: ExampleLoss) -> Iterator[LayerRecord]:
+def _started(
+    capture: GradientCapture, batch: Any, loss: ExampleLoss, ids: Tensor | None = None, what: str = "examples"
+) -> Iterator[LayerRecord]:
     """Records of a batch whose passes have been run."""
-    records = capture.record(batch, loss.losses, mask=loss.position_mask(batch), n=loss.batch_size(batch))
+    records = capture.record(batch, loss.losses, ids, loss.position_mask(batch), loss.batch_size(batch), what)
     return chain([next(records)], records)
 
 

@@ -23,6 +23,7 @@ from lightning_influence.capture import (
 )
 from lightning_influence.capture.batches import to_device
 from lightning_influence.capture.component import Select
+from lightning_influence.capture.examples import TRAIN
 from lightning_influence.capture.finite import NanPolicy, check_gradients, check_nan_policy, omit_nonfinite
 from lightning_influence.capture.sampling import Uniforms
 from lightning_influence.curvature.kept import KeptRecords
@@ -30,6 +31,7 @@ from lightning_influence.curvature.weights import Weights, changed, weights_of
 from lightning_influence.errors import NotFittedError
 
 Fisher: TypeAlias = Literal["sampled", "empirical"]
+Loss: TypeAlias = ExampleLoss | Callable[[nn.Module, Any], Tensor] | None
 
 
 class NonFiniteSums(ValueError):
@@ -200,7 +202,7 @@ class Curvature(ABC):
         self,
         model: nn.Module,
         data: Any,
-        loss: ExampleLoss | Callable[[nn.Module, Any], Tensor] | None = None,
+        loss: Loss = None,
         components: Select | list[Component] = None,
         *,
         batch_size: int | None = None,
@@ -232,12 +234,12 @@ class Curvature(ABC):
             Itself, fitted.
 
         Raises:
-            ValueError: If the data is empty, a loss is not one finite number per example (ids are named), or the disk
-                has less room than its budget.
+            ValueError: If the data is empty, the model cannot be run on an example or its loss is not one finite number
+                (ids are named), or the disk has less room than its budget.
             UnsupportedLayerError: If a component has no per-example gradient.
         """
         check_nan_policy(f"{type(self).__name__}.fit", nan_policy)
-        loader = ExampleLoader(data, batch_size)
+        loader = ExampleLoader(data, batch_size, what=TRAIN)
         loss = loss_for(model, loader, loss)
         loader = omit_nonfinite(model, loader, loss) if nan_policy == "omit" else loader
         kept = KeptRecords(memory_budget, disk_budget, scratch)
@@ -250,7 +252,7 @@ class Curvature(ABC):
                 bar = tqdm(self._to_see(loader, kept), desc=label, delay=3, leave=False, disable=not progress)
                 keep = kept if k + 1 < self.num_passes else None
                 for ids, batch in bar:
-                    self.observe(capture, ids, batch, loss, keep=keep)
+                    self.observe(capture, ids, batch, loss, keep=keep, what=loader.what)
                 self.close_pass(capture, loader, loss)
             self._weights = weights_of(model, self.components) if self.num_passes else {}
         return self
@@ -260,9 +262,10 @@ class Curvature(ABC):
         capture: GradientCapture,
         ids: Tensor,
         batch: Any,
-        loss: ExampleLoss | Callable[[nn.Module, Any], Tensor] | None = None,
+        loss: Loss = None,
         *,
         keep: KeptRecords | None = None,
+        what: str = TRAIN,
     ) -> None:
         """Take in one batch of the current pass.
 
@@ -275,8 +278,12 @@ class Curvature(ABC):
             batch: The batch, on any device.
             loss: Per-example loss; None resolves it from this batch.
             keep: Where to keep the records for the next pass.
+            what: What to call the examples in an error.
+
+        Raises:
+            ValueError: If the model cannot be run on examples, or a loss is not one finite number (ids are named).
         """
-        records = self._records(capture, ids, batch, loss)
+        records = self._records(capture, ids, batch, loss, what)
         records = records if keep is None else keep.keeping(records)
         for component, record in zip(capture.components, records, strict=True):
             self.update(component, record)
@@ -291,7 +298,7 @@ class Curvature(ABC):
         self,
         capture: GradientCapture,
         examples: ExampleLoader,
-        loss: ExampleLoss | Callable[[nn.Module, Any], Tensor] | None = None,
+        loss: Loss = None,
     ) -> None:
         """`finish_pass`; where it fails for numbers that are none, a look for the examples that are to blame.
 
@@ -307,17 +314,13 @@ class Curvature(ABC):
             self.finish_pass()
         except NonFiniteSums:
             for ids, batch in examples:
-                records = self._records(capture, ids, batch, loss)
+                records = self._records(capture, ids, batch, loss, examples.what)
                 for component, record in zip(capture.components, records, strict=True):
                     check_gradients(ids, record.squared_norms().isfinite(), f"examples by {component.name!r}")
             raise
 
     def _records(
-        self,
-        capture: GradientCapture,
-        ids: Tensor,
-        batch: Any,
-        loss: ExampleLoss | Callable[[nn.Module, Any], Tensor] | None,
+        self, capture: GradientCapture, ids: Tensor, batch: Any, loss: Loss, what: str
     ) -> Iterator[LayerRecord]:
         batch = to_device(batch, next(capture.model.parameters()).device)
         found = resolve_loss(capture.model, batch, loss)
@@ -327,7 +330,7 @@ class Curvature(ABC):
                 return found.losses(model, batch)
             return found.sampled_losses(model, batch, Uniforms(ids, self.seed))
 
-        return capture.record(batch, losses, ids, found.position_mask(batch), found.batch_size(batch))
+        return capture.record(batch, losses, ids, found.position_mask(batch), found.batch_size(batch), what)
 
     def changed(self, model: nn.Module) -> list[str]:
         """Parameters of a model that are not what `fit` saw; none where that is not known, as of a curvature read."""
@@ -366,9 +369,7 @@ class Curvature(ABC):
             )
 
 
-def loss_for(
-    model: nn.Module, loader: ExampleLoader, loss: ExampleLoss | Callable[[nn.Module, Any], Tensor] | None
-) -> ExampleLoss:
+def loss_for(model: nn.Module, loader: ExampleLoader, loss: Loss) -> ExampleLoss:
     """The loss given, or the one that the first batch of a dataset asks for, for all of its batches.
 
     A later batch may not tell: a single regression target of 1.0 could be a class as well.

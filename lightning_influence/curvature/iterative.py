@@ -15,6 +15,7 @@ from typing_extensions import Self
 
 from lightning_influence.capture import Component, ExampleLoader, ExampleLoss, LayerRecord
 from lightning_influence.capture.component import Select
+from lightning_influence.capture.examples import TRAIN
 from lightning_influence.capture.finite import NanPolicy, check_gradients, check_nan_policy, omit_nonfinite
 from lightning_influence.curvature.base import Curvature, Fisher, check_fisher, loss_for
 from lightning_influence.curvature.damping import check_damping, damping_of
@@ -149,7 +150,7 @@ class IterativeCurvature(Curvature):
         """
         if self._mean_eigenvalue is None:
             raise NotFittedError(f"`{type(self).__name__}.bind`: finish the pass over the data first, or call fit.")
-        loader = ExampleLoader(data)
+        loader = ExampleLoader(data, what=TRAIN)
         self._take(PRODUCTS[self.product](model, self.components, loader, loss_for(model, loader, loss)), progress)
         self.fitted = True
         return self
@@ -173,7 +174,7 @@ class IterativeCurvature(Curvature):
         There is no second pass that could use a budget of memory or disk.
         """
         check_nan_policy(f"{type(self).__name__}.fit", nan_policy)
-        loader = ExampleLoader(data, batch_size)
+        loader = ExampleLoader(data, batch_size, what=TRAIN)
         loss = loss_for(model, loader, loss)
         loader = omit_nonfinite(model, loader, loss) if nan_policy == "omit" else loader
         super().fit(model, loader, loss, components, progress=progress)

@@ -13,8 +13,10 @@ from typing_extensions import Self
 
 from lightning_influence.capture import Component, ExampleLoader, ExampleLoss, parameter_gradients
 from lightning_influence.capture.batches import map_tensors, to_device
+from lightning_influence.capture.examples import TRAIN
 from lightning_influence.capture.forward import runnable
 from lightning_influence.capture.layers.base import widened
+from lightning_influence.capture.unfit import run_batch
 from lightning_influence.curvature.base import loss_for
 from lightning_influence.curvature.differentiation import (
     cut_off,
@@ -56,7 +58,7 @@ class CurvatureProduct(ABC):
     ) -> None:
         self.model = model
         self.components = tuple(components)
-        self.loader = ExampleLoader(data)
+        self.loader = ExampleLoader(data, what=TRAIN)
         self.loss = loss_for(model, self.loader, loss).where_supervised()
         self._seen = signature(model)
         self._graph_checked = False
@@ -160,7 +162,7 @@ class CurvatureProduct(ABC):
 
     def _losses(self, ids: Tensor, batch: Any) -> Tensor:
         """[n], checked."""
-        values = self.loss.losses(self.model, batch)
+        values = run_batch(lambda batch: self.loss.losses(self.model, batch), batch, ids, self.loader.what)
         if tuple(values.shape) != (len(ids),):
             raise ValueError(
                 f"the loss of a batch of {len(ids)} examples has shape {tuple(values.shape)}; expected one loss per "

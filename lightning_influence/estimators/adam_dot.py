@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_influence.capture import Component, ExampleLoader, ExampleLoss, LanguageModelLoss
 from lightning_influence.capture.component import Select
+from lightning_influence.capture.examples import TRAIN
 from lightning_influence.capture.record import DenseRecord
 from lightning_influence.curvature.adam import AdamMoments, AdamState, Variant, check_variant
 from lightning_influence.curvature.base import loss_for
@@ -105,7 +106,8 @@ class AdamDot:
         Raises:
             ValueError: If the data is empty, a query has nothing supervised, or a loss is not finite (ids are named).
         """
-        left, right = ExampleLoader(queries, self.batch_size), ExampleLoader(train, self.batch_size)
+        left = ExampleLoader(queries, self.batch_size, what="queries")
+        right = ExampleLoader(train, self.batch_size, what=TRAIN)
         loss = self.loss if self.loss is not None else as_trained(loss_for(self.model, left, None))
         plain = ProjectedDot(self.model, self.projection, loss, self.components, **self._options())
         asked = self._scaled(plain.project(left, supervised=True))

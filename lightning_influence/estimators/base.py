@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from lightning_influence.capture import Component, ExampleLoader, GradientCapture
 from lightning_influence.capture.budget import check_bytes
 from lightning_influence.capture.component import Select
+from lightning_influence.capture.examples import TRAIN
 from lightning_influence.curvature.base import loss_for
 from lightning_influence.estimators.low_rank import check_rank, rank_note
 from lightning_influence.estimators.passes import Passes
-from lightning_influence.estimators.queries import Aggregate, asked, check_asked, naming_batch, row_ids
+from lightning_influence.estimators.queries import Aggregate, asked, check_asked, row_ids
 from lightning_influence.estimators.queries import Labels as Labels
 from lightning_influence.estimators.queries import Loss as Loss
 from lightning_influence.estimators.queries import check_supervised as check_supervised
@@ -220,7 +221,7 @@ class Estimator(Passes):
             ValueError: If the estimator has no such product, the data is empty, or a loss is not finite.
         """
         self._check_self("self_influence(train)")
-        loader = self._loader(train)
+        loader = self._loader(train, TRAIN)
         with self.capture:
             batches = self._records(loader, "self-influence")
             values = torch.cat([self._self_columns({c.name: r for c, r in records}) for records in batches], dim=-1)
@@ -273,21 +274,18 @@ class Estimator(Passes):
             queries: As for `score`.
             labels: As for `score`.
             seed: As for `score`.
-            what: What to call them in an error.
+            what: What to call them in an error, unless ``queries`` is an `ExampleLoader` that tells.
 
         Raises:
             ValueError: If the data is empty, a query has nothing supervised, a loss is not finite, or the model cannot
                 be run on a batch (ids are named).
             UnsupportedLayerError: If a component has no per-example gradient.
         """
-        loader = self._loader(queries)
+        loader = self._loader(queries, what)
         self._check_queries(loader)
         with self.capture:
-            batches = self._records(loader, "checking queries", labels, seed, self.asked)
-            for start in range(0, loader.num_examples, loader.batch_size):
-                with naming_batch(what, loader.ids[start : start + loader.batch_size]):
-                    next(next(batches))  # the first record takes the passes, all others follow from them
-            next(batches, None)  # ends the progress bar
+            for records in self._records(loader, "checking queries", labels, seed, self.asked):
+                next(records)  # the first record takes the passes, all others follow from them
 
     def _check_self(self, call: str) -> None:
         if not (self.bilinear and self.one_model and self.query_loss is None):
@@ -331,7 +329,7 @@ class Estimator(Passes):
         """Both loaders, after everything that can be refused before the first gradient."""
         check_asked(f"{type(self).__name__}.{call}", labels, aggregate, bilinear=self.bilinear)
         check_rank(f"{type(self).__name__}.{call}", rank, bilinear=self.bilinear)
-        left, right = self._loader(queries), self._loader(train)
+        left, right = self._loader(queries, "queries"), self._loader(train, TRAIN)
         self._check_queries(left)
         return left, right
 

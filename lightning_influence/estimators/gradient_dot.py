@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.capture import ExampleLoader, LayerRecord
+from lightning_influence.capture.examples import TRAIN
 from lightning_influence.curvature.base import loss_for
 from lightning_influence.estimators.base import Estimator
 from lightning_influence.estimators.component_dots import ComponentDots
@@ -79,7 +80,7 @@ class GradientDot(Estimator):
                 list twice, the budget does not hold two examples, or a loss is not finite.
             StoreError: If the store holds other pairs under this name.
         """
-        left, right = self._loader(queries), self._loader(train)
+        left, right = self._loader(queries, "queries"), self._loader(train, TRAIN)
         self._check_queries(left)
         numbers = None
         if candidates is not None:

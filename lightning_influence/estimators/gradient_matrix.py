@@ -96,28 +96,36 @@ def _fill(path: Path, shape: tuple[int, int], dtype: torch.dtype, settings: dict
     matrix = np.lib.format.open_memmap(partial, "r+" if begun else "w+", DTYPES[dtype], None if begun else shape)
     if not begun:
         files.write_json(notes, state)
-    for count, (rows, vectors) in enumerate(work(state["batches"]), start=1):
-        kept = vectors.to("cpu", dtype)
-        try:
-            state["rounded"] += _badly_rounded(rows, vectors.cpu(), kept)
-        except ValueError:  # no later run could end it, but one of another dtype at this place shall start
-            del matrix
-            for leftover in (partial, notes):
-                leftover.unlink()
-            raise
-        matrix[rows.numpy()] = kept.numpy()
-        state["batches"] += 1
-        if count % FLUSH == 0:
-            matrix.flush()
-            files.write_json(notes, state)
-    matrix.flush()
-    files.write_json(notes, state)
+    try:
+        for count, (rows, vectors) in enumerate(work(state["batches"]), start=1):
+            kept = vectors.to("cpu", dtype)
+            try:
+                state["rounded"] += _badly_rounded(rows, vectors.cpu(), kept)
+            except ValueError:  # no later run could end it, but one of another dtype at this place shall start
+                del matrix
+                for leftover in (partial, notes):
+                    leftover.unlink()
+                raise
+            matrix[rows.numpy()] = kept.numpy()
+            state["batches"] += 1
+            if count % FLUSH == 0:
+                _keep(matrix, notes, state)
+    except Exception:  # of an example that cannot be passed, say: what came before it stays
+        if partial.is_file():
+            _keep(matrix, notes, state)
+        raise
+    _keep(matrix, notes, state)
     if state["rounded"]:
         warnings.warn(
             f"{path}: {state['rounded']} of {shape[0]} vectors are too short for {dtype}, which changed them by more "
             f"than {ROUNDED:.0%}. Write unit vectors (normalise=True) or another dtype.",
             stacklevel=4,
         )
+
+
+def _keep(matrix: np.memmap[Any, Any], notes: Path, state: dict[str, Any]) -> None:
+    matrix.flush()
+    files.write_json(notes, state)
 
 
 def _badly_rounded(rows: Tensor, vectors: Tensor, kept: Tensor) -> int:

@@ -80,7 +80,8 @@ class GradientRows:
             for ids, batch in tqdm(loader, desc=f"{kind} gradients", delay=3, leave=False, disable=hidden):
                 batch = to_device(batch, device)
                 losses = _losses(loss, kind, ids, k, seed)
-                records = capture.record(batch, losses, ids, loss.position_mask(batch), loss.batch_size(batch))
+                layout = loss.position_mask(batch), loss.batch_size(batch)
+                records = capture.record(batch, losses, ids, *layout, loader.what)
                 pairs = zip(capture.components, records, strict=True)
                 yield torch.cat([coordinates.of(component, record) for component, record in pairs], dim=1)
 

@@ -14,6 +14,7 @@ from typing_extensions import Self
 from lightning_influence.capture import Component, ExampleLoader
 from lightning_influence.capture.budget import check_bytes
 from lightning_influence.capture.component import Select
+from lightning_influence.capture.examples import TRAIN
 from lightning_influence.curvature import Curvature, ProjectedGram
 from lightning_influence.curvature.base import loss_for
 from lightning_influence.curvature.kronecker import KroneckerCurvature
@@ -163,8 +164,9 @@ class GroupInfluence:
             ValueError: If data is empty, a target has nothing supervised or cannot be scored by the model, a loss is
                 not finite (ids are named), or the gradients of the targets do not fit into memory.
         """
-        loaders = [ExampleLoader(data, self.influence.batch_size) for data in (train, targets)]
-        members = loaders[0] if pool is None else ExampleLoader(pool, self.influence.batch_size)
+        size = self.influence.batch_size
+        loaders = [ExampleLoader(train, size, what=TRAIN), ExampleLoader(targets, size, what="targets")]
+        members = loaders[0] if pool is None else ExampleLoader(pool, size, what="pool rows")
         weight = 1 / loaders[0].num_examples if weight is None else weight
         check_weight(f"{_CALL}.fit", weight)
         self._check(loaders[1], members)

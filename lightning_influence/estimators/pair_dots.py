@@ -88,10 +88,11 @@ class PairDots:
 
     def records(self, side: int, rows: Sequence[int]) -> Iterator[LayerRecord]:
         """Records of some rows of a side; the capture is active."""
-        loader, loss = self.sides[side], self.sides[side].loss
-        ids, batch = loader.batch(rows)
+        data, loss = self.sides[side], self.sides[side].loss
+        ids, batch = data.batch(rows)
         batch = to_device(batch, next(self.capture.model.parameters()).device)
-        return self.capture.record(batch, loss.losses, ids, loss.position_mask(batch), loss.batch_size(batch))
+        layout = loss.position_mask(batch), loss.batch_size(batch)
+        return self.capture.record(batch, loss.losses, ids, *layout, data.loader.what)
 
     def _labelled(self, formula: str, store: Store | None, name: str, tables: Sequence[_Table]) -> ComponentDots:
         dots, query_squares, train_squares = (table.values() for table in tables)

@@ -51,8 +51,8 @@ class Passes(ABC):
     def _transform_queries(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return self.transform(gradients)
 
-    def _loader(self, data: Any) -> ExampleLoader:
-        return ExampleLoader(data, self.batch_size)
+    def _loader(self, data: Any, what: str | None = None) -> ExampleLoader:
+        return ExampleLoader(data, self.batch_size, what=what)
 
     @property
     def queries_at_once(self) -> int:
@@ -180,7 +180,8 @@ class Passes(ABC):
         for ids, batch in tqdm(loader, desc=label, delay=3, leave=False, disable=not self.progress):
             batch = to_device(batch, device)
             losses = sampled_losses(loss, ids, seed) if labels == "sampled" else loss.losses
-            records = self.capture.record(batch, losses, ids, loss.position_mask(batch), loss.batch_size(batch))
+            layout = loss.position_mask(batch), loss.batch_size(batch)
+            records = self.capture.record(batch, losses, ids, *layout, loader.what)
             yield zip(self.components, records, strict=True)
 
 

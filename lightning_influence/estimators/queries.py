@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -12,9 +11,8 @@ from torch import Tensor, nn
 
 from lightning_influence.capture import ExampleLoader, ExampleLoss
 from lightning_influence.capture.sampling import Uniforms
+from lightning_influence.capture.unfit import run_batch
 from lightning_influence.curvature.base import Curvature, loss_for
-from lightning_influence.errors import UnsupportedLayerError
-from lightning_influence.estimators.factors import few
 
 Loss: TypeAlias = ExampleLoss | Callable[[nn.Module, Any], Tensor] | None
 Labels: TypeAlias = Literal["data", "sampled"]
@@ -56,33 +54,13 @@ def check_supervised(model: nn.Module, loader: ExampleLoader, loss: Loss) -> Non
         ValueError: Naming their ids.
     """
     found = loss_for(model, loader, loss)
-    silent = [k for ids, batch in loader for k in ids[found.supervised(batch).cpu() == 0].tolist()]
+    counts = ((ids, run_batch(found.supervised, batch, ids, loader.what)) for ids, batch in loader)
+    silent = [k for ids, count in counts for k in ids[count.cpu() == 0].tolist()]
     if silent:
         raise ValueError(
             f"{len(silent)} of {loader.num_examples} queries have no supervised target (ids {silent[:8]}); expected "
             "at least one label other than -100 in each. Remove them, or check the label mask."
         )
-
-
-@contextmanager
-def naming_batch(what: str, ids: Sequence[int | str]) -> Iterator[None]:
-    """Says which examples they were where the model or its loss cannot be run on a batch of them.
-
-    Raises:
-        ValueError: Then.
-    """
-    try:
-        yield
-    except (UnsupportedLayerError, torch.cuda.OutOfMemoryError):
-        raise
-    except ValueError as error:
-        raise ValueError(f"{error} The batch was that of the {what} of {few(ids)}.") from error
-    except (RuntimeError, LookupError, TypeError) as error:
-        raise ValueError(
-            f"the model cannot score the {what} of {few(ids)} ({type(error).__name__}: {error}). Expected inputs and "
-            "labels as in its training: of the same shapes and keys, tokens within its vocabulary and no more than it "
-            "takes, labels within its outputs."
-        ) from error
 
 
 def check_one_loss(call: str, model: nn.Module, pool: ExampleLoader, targets: ExampleLoader, loss: Loss) -> None:

@@ -15,7 +15,9 @@ from tqdm.auto import tqdm
 from lightning_influence.capture import ExampleLoader
 from lightning_influence.capture.batches import to_device
 from lightning_influence.capture.contexts import eager, evaluating, full_precision
+from lightning_influence.capture.examples import TRAIN
 from lightning_influence.capture.forward import runnable
+from lightning_influence.capture.unfit import run_batch
 from lightning_influence.estimators.scores import Scores
 
 Pooling: TypeAlias = Literal["mean", "last", "weighted"]
@@ -92,7 +94,8 @@ class RepresentationSimilarity:
             ValueError: If the data is empty, the layer did not run or returned something else, or a hidden state is
                 not finite (ids are named).
         """
-        left, right = ExampleLoader(queries, self.batch_size), ExampleLoader(train, self.batch_size)
+        left = ExampleLoader(queries, self.batch_size, what="queries")
+        right = ExampleLoader(train, self.batch_size, what=TRAIN)
         sides = [self.represent(left), self.represent(right)]
         with full_precision():
             values = _unit(sides[0]) @ _unit(sides[1]).mT
@@ -106,7 +109,7 @@ class RepresentationSimilarity:
         found = []
         with evaluating(self.model), torch.no_grad(), eager():
             for ids, batch in tqdm(loader, desc=label, delay=3, leave=False, disable=not self.progress):
-                hidden = self._hidden(to_device(batch, device))
+                hidden = run_batch(self._hidden, to_device(batch, device), ids, loader.what)
                 pooled = self._pooled(hidden, _mask(batch), len(ids)).cpu()
                 bad = ids[~pooled.isfinite().all(1)]
                 if len(bad):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -12,6 +13,8 @@ from tqdm.auto import tqdm
 from lightning_influence.capture import ExampleLoader, ExampleLoss
 from lightning_influence.capture.batches import to_device
 from lightning_influence.capture.contexts import evaluating
+from lightning_influence.capture.examples import TRAIN
+from lightning_influence.capture.unfit import run_batch
 from lightning_influence.curvature.base import loss_for
 from lightning_influence.estimators.base import Loss
 from lightning_influence.estimators.scores import Scores
@@ -47,12 +50,13 @@ class RowScore(ABC):
             ValueError: If the data is empty, or a number is not finite (ids are named).
         """
         names: tuple[int | str, ...] = ("any",) if queries is None else tuple(ExampleLoader(queries).ids)
-        loader = ExampleLoader(train, self.batch_size)
+        loader = ExampleLoader(train, self.batch_size, what=TRAIN)
         loss, found = loss_for(self.model, loader, self.loss), []
         device = next(self.model.parameters()).device
         with evaluating(self.model), torch.no_grad():
             for ids, batch in tqdm(loader, desc=type(self).__name__, delay=3, leave=False, disable=not self.progress):
-                values = self._values(loss, to_device(batch, device)).detach().cpu()
+                values = run_batch(partial(self._values, loss), to_device(batch, device), ids, loader.what)
+                values = values.detach().cpu()
                 bad = ids[~values.isfinite()]
                 if len(bad):
                     raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from lightning_influence.capture import Component, ExampleLoader, GradientCaptur
 from lightning_influence.capture.batches import to_device
 from lightning_influence.capture.component import Select
 from lightning_influence.capture.contexts import evaluating
+from lightning_influence.capture.examples import TRAIN
+from lightning_influence.capture.unfit import run_batch
 from lightning_influence.curvature.base import loss_for
 from lightning_influence.errors import NotFittedError
 from lightning_influence.estimators.base import Loss
@@ -124,7 +127,7 @@ class TRAK:
         Raises:
             ValueError: If the data is empty, a loss is not finite, or Φ^T Φ is singular and not damped.
         """
-        loader = ExampleLoader(train, self.batch_size)
+        loader = ExampleLoader(train, self.batch_size, what=TRAIN)
         features = [self._fitted(k, model, loader) for k, model in enumerate(self.models)]
         self._features, self._train_ids = features, tuple(loader.ids)
         return self
@@ -144,8 +147,8 @@ class TRAK:
         """
         if not self._features:
             raise NotFittedError("`TRAK.score`: the training data was not seen yet. Call fit(train) first.")
-        left = ExampleLoader(queries, self.batch_size)
-        right = None if train is None else ExampleLoader(train, self.batch_size)
+        left = ExampleLoader(queries, self.batch_size, what="queries")
+        right = None if train is None else ExampleLoader(train, self.batch_size, what=TRAIN)
         total: Tensor | None = None
         weights = []
         for found in self._features:
@@ -211,8 +214,9 @@ def _of(estimator: ProjectedDot, loader: ExampleLoader) -> tuple[Tensor, Tensor]
     values, lacking = estimator.project(loader), []
     device, output = next(estimator.model.parameters()).device, _output(estimator)
     with evaluating(estimator.model), torch.no_grad():
-        for _, batch in loader:
-            lacking.append(output.shortfall(estimator.model, to_device(batch, device)).cpu())
+        for ids, batch in loader:
+            found = run_batch(partial(output.shortfall, estimator.model), to_device(batch, device), ids, loader.what)
+            lacking.append(found.cpu())
     return values, torch.cat(lacking)
 
 

@@ -54,7 +54,7 @@ class NamedTargets:
                     f"`{call}(targets={type(targets).__name__})`: target_weights and across are for several target "
                     "sets. Expected targets={name: dataset or DataLoader, ...}."
                 )
-            self.data = ExampleLoader(targets, batch_size)
+            self.data = ExampleLoader(targets, batch_size, what="targets")
             return
         if not targets:
             raise ValueError(f"`{call}(targets={{}})`: expected at least one target set by name.")
@@ -90,7 +90,7 @@ class NamedTargets:
                 "the same one, so that the examples can be put into batches together."
             )
         rows: ConcatDataset[Any] = ConcatDataset([Subset(loader.dataset, loader.ids) for loader in loaders])
-        return ExampleLoader(rows, min(loader.batch_size for loader in loaders), first.collate_fn)
+        return ExampleLoader(rows, min(loader.batch_size for loader in loaders), first.collate_fn, what="targets")
 
     def check_rule(self, rule: SelectionRule | Newton) -> None:
         """Refuse a rule that cannot look at these targets.

@@ -89,7 +89,7 @@ class NewtonPool:
         Raises:
             ValueError: If ``landmarks`` is not an int from 0 to the number of rows.
         """
-        loader = ExampleLoader(pool, influence.batch_size)
+        loader = ExampleLoader(pool, influence.batch_size, what="pool rows")
         places = _draw_landmarks(loader, landmarks, seed)
         marks = ExampleLoader(loader, indices=[loader.ids[k] for k in places]) if places else None
         scores, lengths = influence.score_with_self(targets, loader, also=marks)

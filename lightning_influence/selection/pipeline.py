@@ -127,10 +127,10 @@ def select_training_data(
         rule = Newton() if weight == "saturate" else InteractionGreedy()
     rule = Newton() if rule == "newton" else rule
     _check_options(rule, curvature, weight, target_curvature, leaks)
-    rows, named = ExampleLoader(pool, batch_size), NamedTargets(CALL, targets, target_weights, across, batch_size)
+    named = NamedTargets(CALL, targets, target_weights, across, batch_size)
+    rows, goals = ExampleLoader(pool, batch_size, what="pool rows"), named.data
     named.check_rule(rule)
     check_held_out(CALL, rule, weight, folds, named)
-    goals = named.data
     if not isinstance(budget, TokenBudget):
         resolve_budget(budget, rows.num_examples, CALL)
     if isinstance(rule, Newton):

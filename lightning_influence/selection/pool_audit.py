@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from lightning_influence.capture import ExampleLoader, ExampleLoss
 from lightning_influence.capture.batches import leaves
 from lightning_influence.capture.example_digest import example_digest
+from lightning_influence.capture.unfit import run_batch
 from lightning_influence.curvature.base import loss_for
 
 
@@ -66,7 +67,7 @@ def audit_pool(
     suspects: list[int] = []
     originals: list[int] = []
     for ids, batch in tqdm(pool, desc="checking the pool", delay=3, leave=False, disable=not progress):
-        unsupervised += ids[found.supervised(batch).cpu() == 0].tolist()
+        unsupervised += ids[run_batch(found.supervised, batch, ids, pool.what).cpu() == 0].tolist()
         for k in ids.tolist():
             row = pool.dataset[k]
             if not all(map(_finite, leaves(row))):

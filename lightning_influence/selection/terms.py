@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_influence.capture import ExampleLoader, ExampleLoss
+from lightning_influence.capture.unfit import run_batch
 from lightning_influence.estimators.factors import Factors, Id
 from lightning_influence.selection.base import SelectionRule
 from lightning_influence.selection.budget import Budget, TokenBudget, TokenKind, resolve_budget
@@ -110,7 +112,8 @@ def token_counts(call: str, rows: ExampleLoader, loss: ExampleLoss, of: TokenKin
     """
     counts: dict[Id, int] = {}
     for ids, batch in rows:
-        found = loss.supervised(batch) if of == "supervised" else _all_tokens(call, loss, batch)
+        count = loss.supervised if of == "supervised" else partial(_all_tokens, call, loss)
+        found = run_batch(count, batch, ids, rows.what)
         counts |= dict(zip(ids.tolist(), found.tolist(), strict=True))
     return counts
 

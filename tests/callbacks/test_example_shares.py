@@ -35,12 +35,12 @@ def test_a_dataset_is_read_as_the_training_data() -> None:
     train = DataLoader([1, 2, 3], batch_size=2, collate_fn=double)
     trainer = SimpleNamespace(datamodule=None, train_dataloader=train)
     for given in (None, train):
-        loader = read_as_training("here", trainer, [5, 6, 7], given, None)  # type: ignore[arg-type]
+        loader = read_as_training("here", trainer, [5, 6, 7], given, None, "queries")  # type: ignore[arg-type]
         assert [batch for _, batch in loader] == [[10, 12], [14]]
     own = DataLoader([5], batch_size=1)
-    assert read_as_training("here", trainer, own, None, 4).batch_size == 4  # type: ignore[arg-type]
+    assert read_as_training("here", trainer, own, None, 4, "queries").batch_size == 4  # type: ignore[arg-type]
     trainer.train_dataloader = object()
-    assert read_as_training("here", trainer, [5], None, None).batch_size == 32  # type: ignore[arg-type]
+    assert read_as_training("here", trainer, [5], None, None, "queries").batch_size == 32  # type: ignore[arg-type]
 
 
 def test_where_the_weights_are() -> None:

@@ -77,6 +77,13 @@ def test_examples_are_cut_out_of_everything_that_holds_them() -> None:
     assert ENCODED["labels"].shape == (3, 2)
 
 
+def test_examples_can_be_taken_in_any_order_and_several_times() -> None:
+    batch = {"x": torch.arange(3), "names": ("a", "b", "c"), "numbers": np.arange(3), "scale": 2.0}
+    found = examples(batch, [2, 0, 2])
+    assert found["x"].tolist() == found["numbers"].tolist() == [2, 0, 2]
+    assert (found["names"], found["scale"]) == (("c", "a", "c"), 2.0)
+
+
 @pytest.mark.parametrize("other", [torch.ones(2), np.ones((1, 3))])
 def test_what_is_not_laid_out_by_examples_cannot_be_cut(other: object) -> None:
     with pytest.raises(ValueError, match=r"it holds an array of shape .*, and 3 examples"):

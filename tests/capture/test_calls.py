@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_influence.capture import GradientCapture, parameter_gradients
+from lightning_influence.capture.unfit import UnfitExamplesError
 from lightning_influence.errors import UnsupportedLayerError
 from tests.capture import models
 from tests.capture.comparison import assert_same, gradients, one_point, truth
@@ -140,9 +141,9 @@ def test_other_errors_of_such_models_are_their_own() -> None:
     def failing(model: nn.Module, batch: Any) -> Tensor:
         return class_losses(model, batch) @ torch.ones(3).double()
 
-    with pytest.raises(RuntimeError, match=r"inconsistent tensor size") as error:
+    with pytest.raises(UnfitExamplesError, match=r"4 of 4 examples .*RuntimeError: inconsistent tensor size") as error:
         gradients(models.ready(Repeated(silently=True)), tokens(4), failing)
-    assert not isinstance(error.value, UnsupportedLayerError)
+    assert isinstance(error.value.__cause__, RuntimeError)
 
 
 # Layouts and uses that have no per-example gradient

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_influence.capture import GradientCapture, parameter_gradients
+from lightning_influence.capture.unfit import UnfitExamplesError
 from lightning_influence.errors import UnsupportedLayerError
 from tests.capture import models
 from tests.capture.comparison import Losses, assert_same, gradients, one_point, one_text, truth
@@ -77,7 +78,7 @@ def test_modes_and_hooks_are_restored_when_something_fails() -> None:
         seen.extend(module.training for module in model.modules())
         raise KeyError("labels")
 
-    with pytest.raises(KeyError), GradientCapture(model) as capture:
+    with pytest.raises(UnfitExamplesError, match="KeyError: 'labels'"), GradientCapture(model) as capture:
         next(capture.record(points(4), failing))
     assert not any(seen)
     assert [module.training for module in model.modules()] == [True, True, True, True, False]
@@ -278,5 +279,5 @@ def test_a_batch_of_another_precision_is_told_from_other_failures() -> None:
     with GradientCapture(nn.Linear(2, 1)) as capture:
         with pytest.raises(ValueError, match=r"the batch holds torch\.float64, its parameters are torch\.float32"):
             next(capture.record(torch.ones(3, 2).double(), lambda model, x: model(x).sum(1)))
-        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        with pytest.raises(UnfitExamplesError, match=r"3 of 3 examples .*RuntimeError: mat1 and mat2 shapes"):
             next(capture.record(torch.ones(3, 5), lambda model, x: model(x).sum(1)))

@@ -308,7 +308,7 @@ def test_an_example_without_a_finite_loss_is_named(name: str) -> None:
     data[7] = (data[7][0] * torch.nan, data[7][1])
     model = mlp()
     curvature = CURVATURES[name]()
-    with pytest.raises(ValueError, match=r"the loss of 1 of 4 examples is not finite \(ids \[7\]\)"):
+    with pytest.raises(ValueError, match=r"the loss of 1 of 4 training examples is not finite \(ids \[7\]\)"):
         curvature.fit(model, data, batch_size=4)
     assert not curvature.fitted
     curvature.fit(model, points(9))

@@ -209,7 +209,7 @@ def test_bad_input_is_refused(name: str) -> None:
             SOLVERS[name](**options)
     data = points(9)
     data[7] = (data[7][0] * torch.nan, data[7][1])
-    with pytest.raises(ValueError, match=r"the loss of 1 of 4 examples is not finite \(ids \[7\]\)"):
+    with pytest.raises(ValueError, match=r"the loss of 1 of 4 training examples is not finite \(ids \[7\]\)"):
         SOLVERS[name]().fit(mlp(), data, batch_size=4)
     data[7] = (data[6][0] * 1e200, data[6][1])
     with pytest.raises(ValueError, match=r"the gradient of 1 of 4 examples by '0' is not finite.* \(ids \[7\]\)"):

@@ -162,12 +162,12 @@ def test_a_loss_that_is_not_finite_is_named_and_the_model_left_as_it_was(name: s
     train[7] = (train[7][0] * torch.inf, train[7][1])
     model = mlp().train()
     estimator = MEMBERS[name](model, points(9), batch_size=4)
-    with pytest.raises(ValueError, match=r"the loss of 1 of 4 examples is not finite \(ids \[7\]\)") as caught:
+    with pytest.raises(ValueError, match=r"the loss of 1 of 4 training examples is not finite \(ids \[7\]\)") as caught:
         estimator.score(queries, train)
     assert caught.tb is not None  # holds the frames, as a notebook does after an error
     assert model.training
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    with pytest.raises(ValueError, match=r"1 of 1 examples is not finite \(ids \[7\]\)"):
+    with pytest.raises(ValueError, match=r"1 of 1 queries is not finite \(ids \[7\]\)"):
         estimator.check(ExampleLoader(train, indices=[7]))
     assert estimator.score(queries, points(9)).values.isfinite().all()
 

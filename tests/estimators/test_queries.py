@@ -11,7 +11,6 @@ from lightning_influence import (
     GroupInfluence,
     Identity,
     RegressionLoss,
-    UnsupportedLayerError,
     select_training_data,
 )
 from lightning_influence.estimators.queries import (
@@ -20,7 +19,6 @@ from lightning_influence.estimators.queries import (
     check_one_loss,
     check_supervised,
     damping_label,
-    naming_batch,
     row_ids,
     sampled_losses,
     warn_of_flat,
@@ -83,19 +81,17 @@ def test_queries_that_the_head_cannot_score_are_named() -> None:
     beyond = [*rows[:4], (rows[4][0], torch.tensor(7))]
     narrow = [(x[:2], y) for x, y in rows]
     estimator = GradientDot(mlp(), batch_size=2, progress=False)
-    named = r"Got \[7\]. The batch was that of the queries of id 4\."
+    named = r"Got \[7\]. Met in 1 of 1 queries \(ids \[4\]\)\."
     with pytest.raises(ValueError, match=named):
         estimator.check(beyond)
-    shapes = r"cannot score the queries of ids 0, 1 \(RuntimeError: mat1 and mat2 .*Expected"
+    shapes = r"cannot be run on 2 of 2 queries \(ids \[0, 1\]\): RuntimeError: mat1 and mat2 .*Expected"
     with pytest.raises(ValueError, match=shapes):
         estimator.check(narrow)
     with pytest.raises(ValueError, match=named.replace("queries", "targets")):
         select_training_data(mlp(), points(6), beyond, budget=2, batch_size=2, progress=False)
     broken = [*rows[:4], (rows[4][0] * torch.nan, rows[4][1])]
-    with pytest.raises(ValueError, match=r"not finite \(ids \[4\]\).* The batch was that of the pool rows of id 4\."):
+    with pytest.raises(ValueError, match=r"the loss of 1 of 1 pool rows is not finite \(ids \[4\]\)"):
         select_training_data(mlp(), broken, points(2, seed=1), budget=2, progress=False)
-    with pytest.raises(UnsupportedLayerError, match=r"^as it is$"), naming_batch("rows", [0]):
-        raise UnsupportedLayerError("as it is")
 
 
 def test_targets_with_labels_of_another_kind_than_the_pool() -> None:

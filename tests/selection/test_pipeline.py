@@ -304,7 +304,7 @@ class Unread:
         ({"components": "nonsense"}, "nonsense"),
         ({"targets": []}, "the data is empty; expected at least one example"),
         ({"targets": [(X[0], torch.tensor(-100))]}, r"1 of 1 queries have no supervised target \(ids \[0\]\)"),
-        ({"targets": [TARGETS[0], (X[0] * torch.nan, Y[0])]}, r"1 of 2 examples is not finite \(ids \[1\]\)"),
+        ({"targets": [TARGETS[0], (X[0] * torch.nan, Y[0])]}, r"1 of 2 targets is not finite \(ids \[1\]\)"),
         ({"loss": lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])}, r"has shape \(\); expected one"),
     ],
 )
@@ -356,7 +356,7 @@ def test_a_pool_row_of_no_numbers_is_named_before_any_pass(
     monkeypatch.setattr(InfluenceFunction, "fit", lambda *_: pytest.fail("a pass over the pool has begun"))
     x = X.clone()
     x[3, 1] = x[101] = value
-    with pytest.raises(ValueError, match=r"the loss of 2 of 2 examples is not finite \(ids \[3, 101\]\)"):
+    with pytest.raises(ValueError, match=r"the loss of 2 of 2 pool rows is not finite \(ids \[3, 101\]\)"):
         selected(model, pool=TensorDataset(x, Y))
 
 
