@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_influence.capture.data_fingerprint import data_fingerprint
 from lightning_influence.capture.guard import unchanged
 from lightning_influence.capture.losses import Batch, ExampleLoss
 from lightning_influence.curvature import Curvature
 from lightning_influence.datamodule.chosen import Chosen, checked_weights, plain_positions
+from lightning_influence.datamodule.placement import placed
 from lightning_influence.datamodule.pool import checked_budget
 from lightning_influence.datamodule.recorded_curvature import recorded_curvature
 from lightning_influence.datamodule.reselection import Reselection
@@ -30,6 +32,7 @@ from lightning_influence.selection.pipeline import (
     Rule,
     TargetCurvature,
     Weight,
+    check_data,
     check_held_out,
     select_training_data,
 )
@@ -192,6 +195,9 @@ class DataSelector(ServedRows):
     ) -> Selection | None:
         """Choose what the next fit trains on.
 
+        Batches go through the transfer hooks of the datamodule, or of the module, as in a fit, and for a model that the
+        Trainer has trained into its precision.
+
         Args:
             model: The warm-up model, from which the choice is computed. Left as it was; its ``self.log`` does nothing
                 meanwhile.
@@ -228,12 +234,12 @@ class DataSelector(ServedRows):
             options["curvature"] = copy.deepcopy(options["curvature"])  # fitted to this model, and not to the next one
         if store is not None:
             options["curvature"] = recorded_curvature(store, model, options["components"])
-        pool = self.pool_dataloader()
+        pool, rows, goals = self._seen_by(model)
         with unchanged(model):
             selection = select_training_data(
                 model,
-                pool,
-                target_data(self._targets, pool, self._inner),
+                rows,
+                goals,
                 budget=budget,
                 batch_size=batch_size,
                 seed=seed,
@@ -244,10 +250,23 @@ class DataSelector(ServedRows):
         self._serve(chosen if self._weights is None else chosen.weighed(self._weights))
         return selection
 
+    def _seen_by(self, model: nn.Module) -> tuple[DataLoader[Any], Any, Any]:
+        """The loader of the pool, and rows and targets as a fit of the model would hand them over."""
+        pool = self.pool_dataloader()
+        goals = target_data(self._targets, pool, self._inner)
+        rows, goals = (placed(data, model, self._inner, self._trainer) for data in (pool, goals))
+        return pool, rows, goals
+
+    def _look(self, model: nn.Module) -> None:
+        """Make sure that a choice can be made with a model, by a batch of the targets."""
+        _, rows, goals = self._seen_by(model)
+        names = ("curvature", "components", "loss", "target_curvature", "normalise")
+        check_data(model, rows, goals, **{name: self._options[name] for name in names})
+
     def train_dataloader(self) -> Any:
         """The pool's loader as it is, or one like it over the rows that the fit shall see now."""
         if self._reselection is not None:
-            self._reselection.check_loss(self._trainer, self.pool_dataloader, self._options["loss"])
+            self._reselection.check(self._trainer, self._look)
         if self._reselection is not None and self._reselection.is_due(self._trainer):
             self.select(self._trainer.lightning_module, seed=self._seed, progress=False)
             self._reselection.epoch = self._trainer.current_epoch

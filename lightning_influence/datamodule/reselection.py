@@ -6,12 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader
+from torch import nn
 
-from lightning_influence.capture.examples import ExampleLoader
 from lightning_influence.capture.guard import unchanged
 from lightning_influence.curvature import Curvature
-from lightning_influence.curvature.base import loss_for
 
 
 class Reselection:
@@ -59,17 +57,18 @@ class Reselection:
                 "`Trainer(reload_dataloaders_every_n_epochs=1)`."
             )
 
-    def check_loss(self, trainer: Any, pool: Callable[[], DataLoader[Any]], loss: Any) -> None:
-        """That the rows have a loss of their own, told at the first epoch of a fit and not at the n-th.
+    def check(self, trainer: Any, look: Callable[[nn.Module], None]) -> None:
+        """That a choice can be made, told at the first epoch of a fit and not at the n-th.
 
-        Raises:
-            ValueError: If none is known for the model and its batches, see `resolve_loss`.
+        Args:
+            trainer: None if there is none.
+            look: Looks at a batch with the model, and raises.
         """
         if self._is_checked or trainer is None or not trainer.training:
             return
         model = trainer.lightning_module
         with unchanged(model):
-            loss_for(model, ExampleLoader(pool()), loss)
+            look(model)
         self._is_checked = True
 
     def is_due(self, trainer: Any) -> bool:

@@ -137,8 +137,7 @@ def select_training_data(
         rule.landmarks_of(rows.num_examples, call=CALL)
     curvature = EKFAC(seed=seed) if curvature is None else curvature
     influence = InfluenceFunction(model, curvature, loss, components, normalise=normalise, progress=progress)
-    drawn = "sampled" in (target_curvature, None if curvature.fitted else curvature.fisher)
-    _check_targets(influence, goals, rows, drawn)
+    _check_targets(influence, goals, rows, target_curvature)
     audit = audit_pool(model, rows, goals, loss, progress)
     rows = _usable(rows, audit, leaks, repeats=constraints is None or constraints.duplicates == "allow")
     chooser = NewtonGreedy() if isinstance(rule, Newton) else rule
@@ -213,11 +212,31 @@ def _held_out(
     return held_out_weight(scores, terms.rows, folds=FOLDS if folds is None else folds, **told)
 
 
-def _check_targets(influence: InfluenceFunction, goals: ExampleLoader, rows: ExampleLoader, sampled: bool) -> None:
+def check_data(
+    model: nn.Module,
+    pool: Any,
+    targets: Any,
+    *,
+    curvature: Curvature | None = None,
+    loss: ExampleLoss | Callable[[nn.Module, Any], Tensor] | None = None,
+    components: Select | list[Component] = None,
+    target_curvature: TargetCurvature = "empirical",
+    normalise: bool = True,
+) -> None:
+    """Raises what `select_training_data` raises of its first batch of targets, in a moment."""
+    curvature = EKFAC() if curvature is None else curvature
+    influence = InfluenceFunction(model, curvature, loss, components, normalise=normalise, progress=False)
+    goals = NamedTargets(CALL, targets).data
+    first = ExampleLoader(goals, indices=goals.ids[: goals.batch_size])
+    _check_targets(influence, first, ExampleLoader(pool), target_curvature)
+
+
+def _check_targets(influence: InfluenceFunction, goals: ExampleLoader, rows: ExampleLoader, labels: str) -> None:
     """That they have losses, of the kind that the pool has, and labels that can be drawn where they shall be."""
     influence.check(goals, what="targets")
     check_one_loss(CALL, influence.model, rows, goals, influence.loss)
-    if sampled:
+    curvature = influence.curvature
+    if "sampled" in (labels, None if curvature.fitted else curvature.fisher):
         influence.check(ExampleLoader(goals, indices=goals.ids[:1]), labels="sampled")
 
 
