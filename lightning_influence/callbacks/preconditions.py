@@ -73,7 +73,7 @@ def training_data(call: str, trainer: Trainer) -> DataLoader[Any]:
     if not isinstance(loader, DataLoader):
         raise MisconfigurationException(
             f"`{call}`: the fit trains on a {type(loader).__name__}; expected one DataLoader, so that every example "
-            "has one number. Pass the examples to look at explicitly."
+            "has one number. Pass the DataLoader or dataset whose examples shall be looked at: `train=...`."
         )
     return loader
 

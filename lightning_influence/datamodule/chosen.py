@@ -135,16 +135,34 @@ class Chosen:
         return path
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> Chosen:
+    def read(cls, path: str | os.PathLike[str], call: str = "DataSelector.load({!r})") -> Chosen:
         """Read it.
 
+        Args:
+            path: Of the file.
+            call: How the caller's code reads, for the error text, with a place for the path.
+
         Raises:
-            ValueError: If it is no such file.
+            ValueError: If it is no such file, or there is none.
         """
+        shown = f"`{call.format(str(path))}`: expected a file written by `save`"
         try:
-            return cls.from_dict(json.loads(Path(path).read_text()))
-        except (LookupError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"`DataSelector.load({str(path)!r})`: expected a file written by `save`.") from error
+            text = Path(path).read_text()
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{shown}, and there is none at {Path(path).absolute()} now that it is read. Write it before this fit, "
+                "with `selector.save(path)` after `select`, or check the path."
+            ) from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{shown}; this one cannot be read as text ({error}). Check the path.") from error
+        try:
+            return cls.from_dict(json.loads(text))
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{shown}; what this one holds is no selection of a DataSelector ({type(error).__name__}: {error}). "
+                "Write it with `selector.save(path)`. Of a list of positions, or a Selection, pass the positions "
+                "themselves: `DataSelector(selection=[...])`."
+            ) from error
 
 
 def checked_weights(weights: Literal["gains"] | None, call: str = "DataSelector") -> Literal["gains"] | None:

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
+from collections.abc import Mapping, Sized
 from dataclasses import replace
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_influence.datamodule.warm_up import WarmUp
 from lightning_influence.estimators.factors import Factors
 from lightning_influence.selection import Constraints, TokenBudget, check_budget
 from lightning_influence.selection.budget import Budget, resolve_budget
+
+COMBINED = (
+    "To choose from all of them, put their datasets into one, `ConcatDataset([...])`, behind one DataLoader. To choose "
+    "from one of them, give that one alone to a DataSelector, and combine its `train_dataloader()` with the others in "
+    "a datamodule around it."
+)
+
+
+def several(loaders: Any) -> str:
+    """What was given where one DataLoader was expected, with the names of its parts where it has names.
+
+    >>> several({"cats": [], "dogs": []})
+    "a dict ('cats', 'dogs')"
+    """
+    parts = getattr(loaders, "iterables", loaders)  # of a CombinedLoader
+    names = f" ({', '.join(repr(name) for name in list(parts)[:5])})" if isinstance(parts, Mapping) and parts else ""
+    return f"a {type(loaders).__name__}{names}"
 
 
 def checked_pool(loader: Any) -> DataLoader[Any]:
@@ -23,8 +41,8 @@ def checked_pool(loader: Any) -> DataLoader[Any]:
     """
     if not isinstance(loader, DataLoader):
         raise ValueError(
-            f"`DataSelector(data=...)`: train_dataloader gives a {type(loader).__name__}; expected one DataLoader, "
-            "so that every example has one position. Select in each dataset before they are combined."
+            f"`DataSelector(data=...)`: train_dataloader gives {several(loader)}; expected one DataLoader over a "
+            f"map-style dataset, so that every example has one position. {COMBINED}"
         )
     if isinstance(loader.dataset, IterableDataset):
         raise ValueError(
@@ -34,6 +52,22 @@ def checked_pool(loader: Any) -> DataLoader[Any]:
             "choose from it, keep its rows first, such as by `datasets.Dataset.from_generator` or in a list."
         )
     return loader
+
+
+def check_single(argument: str, data: Any) -> None:
+    """Refuse several loaders or datasets where one was expected.
+
+    Raises:
+        ValueError: If they are a mapping, a CombinedLoader, or loaders in a list.
+    """
+    parts = getattr(data, "iterables", data)  # of a CombinedLoader
+    inside = list(parts.values()) if isinstance(parts, Mapping) else parts if isinstance(parts, list | tuple) else []
+    loaders = any(isinstance(part, DataLoader) for part in inside)
+    if loaders or isinstance(parts, Mapping):
+        fix = COMBINED if loaders else "Of a dictionary of datasets, such as splits, pass one."
+        raise ValueError(
+            f"`DataSelector({argument}=...)`: got {several(data)}; expected one DataLoader or dataset. {fix}"
+        )
 
 
 def pool_size(loader: Any) -> int | None:
@@ -64,6 +98,8 @@ def check_size(
     """
     size = pool_size(loader)
     if size is None:
+        if budget is not None:
+            _warn_of_no_pool(loader)
         return
     if not isinstance(budget, TokenBudget | None):
         resolve_budget(budget, size, "DataSelector")
@@ -72,3 +108,10 @@ def check_size(
             replace(constraints, duplicates="allow", duplicate_keys=None).admission("DataSelector", rows, budget)
     if warmup is not None:
         warmup.check(size)
+
+
+def _warn_of_no_pool(loader: Any) -> None:
+    try:
+        checked_pool(loader)
+    except ValueError as error:
+        rank_zero_warn(f"{error} A fit is served it as it is, but `select(model)` will refuse it.")

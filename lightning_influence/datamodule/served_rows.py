@@ -156,7 +156,7 @@ class ServedRows(DataModuleWrapper):
         super().setup(stage)
         self._is_set_up = True
         if stage == "fit" and self._file is not None:
-            self.load(self._file)
+            self._serve(Chosen.read(self._file, "DataSelector(selection={!r})"))
 
     def teardown(self, stage: str) -> None:
         """Tear the data down."""

@@ -49,6 +49,6 @@ def target_data(targets: Any, pool: DataLoader[Any], inner: Any) -> Any:
     if not isinstance(loader, DataLoader):
         raise ValueError(
             "`DataSelector(targets=None)`: the data has no single validation loader to take the targets from. "
-            "Expected a DataLoader or dataset of the examples whose loss shall fall."
+            "Expected a DataLoader or dataset of the examples whose loss shall fall, or several by name."
         )
     return loader

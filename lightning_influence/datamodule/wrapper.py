@@ -12,6 +12,8 @@ from lightning.pytorch import LightningDataModule
 from lightning_utilities.core.overrides import is_overridden
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_influence.datamodule.pool import check_single
+
 # What a Trainer looks for on a datamodule; whether it is there it decides by comparing code.
 _HOOKS = (
     "val_dataloader",
@@ -150,6 +152,7 @@ class PlainData(LightningDataModule):
 
 
 def _as_loader(data: Any, argument: str, *, shuffle: bool, settings: dict[str, Any]) -> DataLoader[Any]:
+    check_single(argument, data)
     dataset = data.dataset if isinstance(data, DataLoader) else data
     if isinstance(dataset, Sized) and not isinstance(dataset, IterableDataset) and len(dataset) == 0:
         raise ValueError(f"`DataSelector({argument}={type(data).__name__})`: expected at least one example.")

@@ -39,7 +39,7 @@ class Stream(IterableDataset):
 @pytest.mark.parametrize(
     ("loader", "message"),
     [
-        ({"a": DataLoader(numbered())}, "gives a dict; expected one DataLoader"),
+        ({"a": DataLoader(numbered())}, r"gives a dict \('a'\); expected one DataLoader"),
         ([DataLoader(numbered())], "gives a list; expected one DataLoader"),
         (DataLoader(Stream(), batch_size=2), "Stream is iterable and has no positions"),
         (DataLoader(numbered(), batch_size=None), "Pass `loader_fn=`"),
@@ -84,7 +84,11 @@ def test_a_budget_above_the_pool_is_refused_before_the_warm_up():
     with pytest.raises(ValueError, match=message.format(17, 16)):
         fit(selector, model)
     assert model.seen == []
-    fit(DataSelector(TrainOnly({"a": DataLoader(numbered())}), budget=99), Unasked())  # no pool: told by select
+    several = DataSelector(TrainOnly({"a": DataLoader(numbered())}), budget=99)
+    with pytest.warns(UserWarning, match=r"a dict \('a'\); .* but `select\(model\)` will refuse it"):
+        fit(several, Unasked())
+    with pytest.raises(ValueError, match=r"a dict \('a'\); expected one DataLoader"):
+        several.select(Net())
 
 
 class Unasked(Net):
@@ -130,17 +134,49 @@ def test_a_second_fit_with_the_same_trainer_trains_nothing():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[1, 2]", '{"version": 1}', '{"positions": 3, "selection": null, "fingerprint": ""}']
+    "text",
+    [
+        "",
+        "[1, 2]",
+        '{"version": 1}',
+        '{"positions": 3, "selection": null, "fingerprint": ""}',
+        '{"positions": [3, 3], "selection": null, "fingerprint": ""}',
+        '{"positions": [3], "selection": {}, "fingerprint": ""}',
+        '{"positions": [3], "selection": [1], "fingerprint": ""}',
+        '{"id": 3, "rank": 0}\n{"id": 5, "rank": 1}\n',
+    ],
 )
 def test_a_file_that_save_has_not_written(text, tmp_path):
     file = tmp_path / "selection.json"
     file.write_text(text)
     model = Net()
-    with pytest.raises(
-        ValueError, match=r"`DataSelector.load\('.*selection.json'\)`: expected a file written by `save`"
-    ):
+    told = r"\('?.*selection.json'\)`: expected a file written by `save`; what this one holds is no selection of"
+    with pytest.raises(ValueError, match=r"`DataSelector" + told.replace("'?", "selection='")):
         fit(DataSelector(Data(), selection=str(file)), model)
+    with pytest.raises(ValueError, match=r"`DataSelector\.load" + told):
+        DataSelector(Data()).load(file)
     assert model.seen == []
+
+
+def test_a_selection_file_that_is_not_there_when_a_fit_begins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, selector = Net(), DataSelector(Data(), selection="nope.json")  # it may be written until then
+    told = rf"`DataSelector\(selection='nope.json'\)`: expected a file .*, and there is none at {tmp_path}"
+    with pytest.raises(ValueError, match=told + r"/nope\.json now.* Write it before this fit, with `selector\.save"):
+        fit(selector, model)
+    assert model.seen == []
+    other = DataSelector(Data())
+    other.select(ids=[2, 5])
+    other.save("nope.json")
+    fit(selector, model)
+    assert selector.selected_ids == [2, 5]
+
+
+def test_a_selection_file_that_is_no_text(tmp_path):
+    (tmp_path / "weights.pt").write_bytes(b"\x80\x02\xff")
+    for path in (tmp_path, tmp_path / "weights.pt"):
+        with pytest.raises(ValueError, match=rf"selection='{path}'\)`: .*this one cannot be read as text.* Check the"):
+            fit(DataSelector(Data(), selection=path))
 
 
 def test_more_landmarks_than_rows_are_refused_before_any_pass(monkeypatch):
