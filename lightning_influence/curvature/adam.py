@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import Adamax, Optimizer
 from typing_extensions import Self
 
 from lightning_influence.capture import Component, parameter_gradients
@@ -153,13 +153,18 @@ def check_optimizers(model: nn.Module, components: Sequence[Component], optimize
             found = held.get(id(parameter), [])
             if len(found) != 1:
                 problems.append(f"{component.name}: {_count(len(found))}")
-            elif not {"betas", "eps"} <= found[0][1].keys() or len(found[0][1]["betas"]) != 2:
+            elif not _is_adam(*found[0]):
                 problems.append(f"{component.name}: {type(found[0][0]).__name__} keeps no moments of Adam")
     if problems:
         raise ValueError(
             f"some components will have no Adam moments ({'; '.join(list(dict.fromkeys(problems))[:4])}). Expected "
             "Adam or AdamW for every component; choose others with components=."
         )
+
+
+def _is_adam(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+    """As far as can be told before it has taken a step; Adamax keeps the largest gradient instead of v."""
+    return {"betas", "eps"} <= group.keys() and len(group["betas"]) == 2 and not isinstance(optimizer, Adamax)
 
 
 def packed(model: nn.Module, component: Component, parts: Mapping[str, Tensor]) -> Tensor:

@@ -248,13 +248,24 @@ def check_weight(call: str, weight: object) -> None:
         )
 
 
+def members(call: str, group: Iterable[Id]) -> list[Id]:
+    """The ids of a group.
+
+    Raises:
+        ValueError: If it is a single id.
+    """
+    if isinstance(group, str) or not isinstance(group, Iterable) or (isinstance(group, Tensor) and not group.dim()):
+        raise ValueError(f"`{call}`: expected the ids of each group in a list, as [[3, 4]]. Got {group!r} for a group.")
+    return group.tolist() if isinstance(group, Tensor) else list(group)
+
+
 def rows_of(call: str, group: Iterable[Id], rows: Mapping[Id, int]) -> list[int]:
     """Row numbers of the examples of a group.
 
     Raises:
-        ValueError: If an id is not among the rows, or stands in the group twice.
+        ValueError: If an id is not among the rows, or stands in the group twice, or the group is a single id.
     """
-    names = group.tolist() if isinstance(group, Tensor) else list(group)
+    names = members(call, group)
     unknown = [name for name in names if name not in rows]
     if unknown:
         raise ValueError(

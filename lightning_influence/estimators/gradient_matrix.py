@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_influence.errors import StoreError
 from lightning_influence.store import files
 
-Work: TypeAlias = Callable[[int], Iterator[tuple[Tensor, Tensor]]]  # batches to leave out -> (rows, vectors) of others
+Work: TypeAlias = Callable[[int], Iterator[tuple[Tensor, Tensor]]]  # batches to leave out -> (ids, vectors) of others
 
 DTYPES = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
 ROUNDED = 1e-2  # relative rounding error of a row, above which it is called badly rounded
@@ -55,45 +55,55 @@ class GradientMatrix:
 
 
 def write_matrix(
-    path: str | Path, rows: int, columns: int, dtype: torch.dtype, settings: Mapping[str, Any], work: Work
+    path: str | Path, ids: Sequence[int], columns: int, dtype: torch.dtype, settings: Mapping[str, Any], work: Work
 ) -> GradientMatrix:
     """Fill a matrix batch by batch; one that was killed goes on where it was, and one that is there is returned.
 
     Args:
         path: Of the npy file.
-        rows: n.
+        ids: Of the n rows, in their order.
         columns: k.
         dtype: Of the file: float16, float32 or float64.
         settings: All that the numbers depend on, in JSON's types.
-        work: Called with a number of batches to leave out, gives (rows int64 [b], vectors [b, k]) of the others.
+        work: Called with a number of batches to leave out, gives (ids int64 [b], vectors [b, k]) of the others.
 
     Raises:
-        ValueError: If a number does not fit into the dtype (rows are named), or the dtype is none of these.
+        ValueError: If a number does not fit into the dtype (ids are named), the dtype is none of these, or the path is
+            that of a folder.
         StoreError: If the file, or the beginning of it, is of other settings.
     """
     path = Path(path)
     if dtype not in DTYPES:
         raise ValueError(f"`write(dtype={dtype})`: expected one of {[str(d) for d in DTYPES]}.")
-    asked = files.as_json({**settings, "shape": [rows, columns], "dtype": str(dtype)}, "write(settings)")
+    if path.is_dir():
+        raise ValueError(
+            f"`write(path={str(path)!r})`: that is a folder. Expected the path of a file, such as pool.npy."
+        )
+    asked = files.as_json({**settings, "shape": [len(ids), columns], "dtype": str(dtype)}, "write(settings)")
     for notes in (_notes(path), _notes(_partial(path))):
         if notes.is_file():
             _check_same(path, files.read_json(notes)["settings"], asked)
     if path.is_file() and _notes(path).is_file():
         return GradientMatrix.open(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _fill(path, (rows, columns), dtype, asked, work)
+    _fill(path, ids, (columns, dtype), asked, work)
     os.replace(_notes(_partial(path)), _notes(path))
     os.replace(_partial(path), path)
     return GradientMatrix.open(path)
 
 
-def _fill(path: Path, shape: tuple[int, int], dtype: torch.dtype, settings: dict[str, Any], work: Work) -> None:
+def _fill(
+    path: Path, ids: Sequence[int], columns: tuple[int, torch.dtype], settings: dict[str, Any], work: Work
+) -> None:
+    (k, dtype), places = columns, {name: row for row, name in enumerate(ids)}
     partial, notes = _partial(path), _notes(_partial(path))
     begun = partial.is_file() and notes.is_file()
     state: dict[str, Any] = {"settings": settings, "batches": 0, "rounded": 0}
     if begun:
         state = files.read_json(notes)
-    matrix = np.lib.format.open_memmap(partial, "r+" if begun else "w+", DTYPES[dtype], None if begun else shape)
+    matrix = np.lib.format.open_memmap(
+        partial, "r+" if begun else "w+", DTYPES[dtype], None if begun else (len(ids), k)
+    )
     if not begun:
         files.write_json(notes, state)
     try:
@@ -106,7 +116,7 @@ def _fill(path: Path, shape: tuple[int, int], dtype: torch.dtype, settings: dict
                 for leftover in (partial, notes):
                     leftover.unlink()
                 raise
-            matrix[rows.numpy()] = kept.numpy()
+            matrix[[places[name] for name in rows.tolist()]] = kept.numpy()
             state["batches"] += 1
             if count % FLUSH == 0:
                 _keep(matrix, notes, state)
@@ -117,7 +127,7 @@ def _fill(path: Path, shape: tuple[int, int], dtype: torch.dtype, settings: dict
     _keep(matrix, notes, state)
     if state["rounded"]:
         warnings.warn(
-            f"{path}: {state['rounded']} of {shape[0]} vectors are too short for {dtype}, which changed them by more "
+            f"{path}: {state['rounded']} of {len(ids)} vectors are too short for {dtype}, which changed them by more "
             f"than {ROUNDED:.0%}. Write unit vectors (normalise=True) or another dtype.",
             stacklevel=4,
         )

@@ -22,7 +22,7 @@ from lightning_influence.curvature.products import PRODUCTS, ProductKind
 from lightning_influence.errors import NotFittedError
 from lightning_influence.estimators.base import Loss
 from lightning_influence.estimators.eigen_curvature import EigenCurvature, WhitenedGradients
-from lightning_influence.estimators.factors import Id, check_weight, rows_of
+from lightning_influence.estimators.factors import Id, check_weight, members, rows_of
 from lightning_influence.estimators.gradient_coordinates import Coordinates, coordinates_of
 from lightning_influence.estimators.gradient_rows import GradientRows
 from lightning_influence.estimators.group_effects import (
@@ -198,7 +198,7 @@ class GroupInfluence:
         fitted = self._fitted("estimates")
         check_methods(f"{_CALL}.estimates", methods, change, curved=True)
         curved = any({"second", "newton"} & set(TERMS[method]) for method in methods)
-        names = [group.tolist() if isinstance(group, Tensor) else list(group) for group in groups]
+        names = [members(_CALL, group) for group in groups]
         for group in names:
             rows_of(_CALL, group, fitted.rows)
         found: dict[Method, list[Tensor]] = {method: [torch.empty(0, dtype=torch.float64)] for method in methods}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,7 @@ def write_vectors(
         "loss": f"{type(loss).__name__}, {loss.reduction}",
         "labels": writing.labels if writing.labels == "data" else f"{writing.labels}, seed {writing.seed}",
         "batches": [loader.batch_size, writing.batch_positions],
+        **_among(loader),
     }
     size = writing.batch_positions
     lengths = [1] * loader.num_examples if size is None else Side(loader, loss).lengths()
@@ -85,4 +87,11 @@ def write_vectors(
                 found = list(records)
                 yield found[0][1].ids, vectors(found)
 
-    return write_matrix(writing.path, loader.num_examples, columns, writing.dtype, settings, work)
+    return write_matrix(writing.path, loader.ids, columns, writing.dtype, settings, work)
+
+
+def _among(loader: ExampleLoader) -> dict[str, str]:
+    """Which examples of the data, in which order, where it is not all of them as they stand there."""
+    if loader.ids == list(range(len(loader.dataset))):  # type: ignore[arg-type]
+        return {}
+    return {"ids": f"{loader.num_examples}, {hashlib.sha256(repr(loader.ids).encode()).hexdigest()[:16]}"}

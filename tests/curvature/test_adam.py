@@ -152,6 +152,7 @@ def test_optimizers_are_checked_before_the_first_step() -> None:
     check_optimizers(model, components, [torch.optim.AdamW(model.parameters())])
     for wrong, message in (
         (torch.optim.SGD(model.parameters(), 0.1), "conv: SGD keeps no moments of Adam"),
+        (torch.optim.Adamax(model.parameters()), "conv: Adamax keeps no moments of Adam"),
         (torch.optim.Adam(model.conv.parameters()), "norm: no optimizer holds it"),
     ):
         with pytest.raises(ValueError, match=message):

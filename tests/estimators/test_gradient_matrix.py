@@ -56,16 +56,16 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, monke
     monkeypatch.setattr(module, "FLUSH", 2)
     vectors = torch.randn(11, 3)
     settings = {"model": "a"}
-    whole = write_matrix(tmp_path / "whole.npy", 11, 3, torch.float32, settings, batches(vectors, 2))
+    whole = write_matrix(tmp_path / "whole.npy", range(11), 3, torch.float32, settings, batches(vectors, 2))
     killed = tmp_path / "killed.npy"
     with pytest.raises(KeyboardInterrupt):
-        write_matrix(killed, 11, 3, torch.float32, settings, batches(vectors, 2, die_at=5))
+        write_matrix(killed, range(11), 3, torch.float32, settings, batches(vectors, 2, die_at=5))
     with pytest.raises(StoreError, match=r"no finished matrix. A run that was killed goes on"):
         GradientMatrix.open(killed)
     with pytest.raises(StoreError, match=r"model: stored 'a', asked 'b'"):
-        write_matrix(killed, 11, 3, torch.float32, {"model": "b"}, batches(vectors, 2))
+        write_matrix(killed, range(11), 3, torch.float32, {"model": "b"}, batches(vectors, 2))
     started: list[int] = []
-    found = write_matrix(killed, 11, 3, torch.float32, settings, batches(vectors, 2, started))
+    found = write_matrix(killed, range(11), 3, torch.float32, settings, batches(vectors, 2, started))
     assert started == [4, 5]  # what was flushed is not computed again
     assert torch.equal(found.values, vectors)
     assert found.path.read_bytes() == whole.path.read_bytes()
@@ -106,18 +106,24 @@ def test_selection_reads_it_where_it_lies(tmp_path: Path) -> None:
     assert found.ids == InteractionGreedy().select(values, matrix.values.clone(), budget=4).ids
 
 
+def test_the_path_of_a_folder_is_refused_before_any_pass(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"that is a folder\. Expected the path of a file, such as pool\.npy"):
+        ProjectedDot(mlp(), LoGra((2, 3)), progress=False).write(points(9), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_numbers_that_do_not_fit(tmp_path: Path) -> None:
     large = torch.ones(6, 2)
     large[2, 1] = 1e5
     with pytest.raises(ValueError, match=r"1 examples do not fit .* \(ids \[2\], largest number 1e\+05"):
-        write_matrix(tmp_path / "large.npy", 6, 2, torch.float16, {}, batches(large, 3))
+        write_matrix(tmp_path / "large.npy", range(6), 2, torch.float16, {}, batches(large, 3))
     assert not list(tmp_path.iterdir())  # nothing is left that another dtype would stumble over
-    found = write_matrix(tmp_path / "large.npy", 6, 2, torch.float32, {}, batches(large, 3))
+    found = write_matrix(tmp_path / "large.npy", range(6), 2, torch.float32, {}, batches(large, 3))
     assert torch.equal(found.values, large)
     small = torch.ones(6, 2)
     small[4] = 1e-8
     with pytest.warns(UserWarning, match=r"1 of 6 vectors are too short for torch.float16"):
-        found = write_matrix(tmp_path / "small.npy", 6, 2, torch.float16, {}, batches(small, 3))
+        found = write_matrix(tmp_path / "small.npy", range(6), 2, torch.float16, {}, batches(small, 3))
     assert np.load(found.path)[4].tolist() == [0, 0]
     with pytest.raises(ValueError, match=r"dtype=torch.bfloat16\)`: expected one of"):
-        write_matrix(tmp_path / "x.npy", 6, 2, torch.bfloat16, {}, batches(small, 3))
+        write_matrix(tmp_path / "x.npy", range(6), 2, torch.bfloat16, {}, batches(small, 3))

@@ -326,6 +326,9 @@ def test_bad_questions() -> None:
         effects.estimate([0, 12, "3"])
     with refused("`GroupEffects`: expected each example of a group once. Repeated: id 3."):
         effects.estimate([3, 1, 3])
+    for single in (3, "3", torch.tensor(3)):
+        with refused("`GroupEffects`: expected the ids of each group in a list, as [[3, 4]]. Got "):
+            effects.estimates([single])
     with refused("`GroupEffects.estimates(method='X')`: expected one of 'F', 'F+I', 'F+B', 'F+I+B', 'N', 'N+I'."):
         effects.estimate([0], "X")
     with refused("`GroupEffects.estimates(change='remove')`: expected 'removal' or 'addition'."):

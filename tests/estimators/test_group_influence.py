@@ -346,6 +346,8 @@ def test_questions_that_are_refused_before_any_pass() -> None:
     influence.fit(TRAIN, TARGETS)
     with refused("`GroupInfluence`: expected a group of the 15 examples it was made of. Unknown: ids 15, 'a'."):
         influence.estimates([[0], [15, "a"]])
+    with refused("`GroupInfluence`: expected the ids of each group in a list, as [[3, 4]]. Got 3 for a group."):
+        influence.estimates([3, 4])
     with refused("`GroupInfluence`: expected each example of a group once. Repeated: id 3."):
         influence.estimates([[3, 1, 3]])
     with refused("`GroupInfluence.estimates(method='X')`: expected one of 'F', 'F+I', 'F+B', 'F+I+B', 'N', 'N+I'."):

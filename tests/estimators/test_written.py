@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_influence import CG, EKFAC, Exact, GradientMatrix, Identity, InfluenceFunction, ProjectedGram
+from lightning_influence import (
+    CG,
+    EKFAC,
+    Exact,
+    ExampleLoader,
+    GradientMatrix,
+    Identity,
+    InfluenceFunction,
+    ProjectedGram,
+)
 from lightning_influence.errors import NotFittedError, StoreError
 from lightning_influence.estimators import gradient_matrix
 from lightning_influence.store import Store
@@ -66,6 +75,21 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert sorted(k for ids in (*seen[:2], *seen[3:]) for k in ids) == list(range(15))
     monkeypatch.undo()
     assert torch.equal(found.values, influence.features(TRAIN))
+
+
+@pytest.mark.parametrize("batch_positions", [None, 3])
+def test_some_examples_stand_in_their_order_and_are_not_taken_for_others(
+    tmp_path: Path, batch_positions: int | None
+) -> None:
+    influence = InfluenceFunction(mlp(), EKFAC(), batch_size=2, progress=False).fit(TRAIN)
+    whole = influence.features(TRAIN)
+    for number, ids in enumerate(([12, 14, 13, 7], [0, 1, 2, 3])):
+        part = ExampleLoader(TRAIN, indices=ids)
+        settings: dict[str, Any] = {"dtype": torch.float64, "batch_positions": batch_positions}
+        found = influence.write_features(part, tmp_path / f"{number}.npy", **settings)
+        torch.testing.assert_close(found.values, whole[ids])
+        with pytest.raises(StoreError, match=r"ids: stored .*, asked"):
+            influence.write_features(ExampleLoader(TRAIN, indices=[5, 6, 8, 9]), found.path, **settings)
 
 
 def test_features_of_another_curvature_are_refused(tmp_path: Path) -> None:
