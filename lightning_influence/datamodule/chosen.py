@@ -75,7 +75,12 @@ class Chosen:
             checked_weights(weights, call)
             if self.selection is None:
                 raise ValueError(f"`{call}('gains')`: only positions were given. Expected weights by position.")
-            found = self.selection.gains.clamp(max=0).neg().tolist()
+            found = self.selection.gains.clamp(max=0).abs().tolist()
+            if not any(found):
+                raise ValueError(
+                    f"`{call}('gains')`: none of the {len(found)} picks is predicted to lower the target loss, so no "
+                    "row would be drawn. Serve each once, without weights, or check that pool and targets fit together."
+                )
         else:
             if set(weights) != set(self.positions):
                 odd = sorted(set(weights) ^ set(self.positions))[:8]
@@ -97,6 +102,11 @@ class Chosen:
             ValueError: If it is not the dataset they were chosen in.
         """
         size, fingerprint = len(dataset), data_fingerprint(dataset)
+        if self.fingerprint is None and max(self.positions) >= size:
+            raise ValueError(
+                f"`DataSelector.select(ids=...)`: position {max(self.positions)} lies outside the training data, which "
+                f"has {size} examples. Expected positions from 0 to {size - 1}."
+            )
         if max(self.positions) >= size or self.fingerprint not in (None, fingerprint):
             raise ValueError(
                 f"DataSelector: the training data ({size} examples, {fingerprint}) is not the pool the selection was "
@@ -179,5 +189,16 @@ def checked_weights(weights: Literal["gains"] | None, call: str = "DataSelector"
 
 
 def plain_positions(ids: Sequence[int]) -> tuple[int, ...]:
-    """Positions without numpy's clothes."""
-    return tuple(int(k) for k in ids)
+    """Positions without numpy's clothes.
+
+    Raises:
+        ValueError: If one is no int, as in a mask.
+    """
+    plain = [k.item() if hasattr(k, "item") else k for k in ids]
+    odd = [k for k in plain if type(k) is not int]
+    if odd:
+        raise ValueError(
+            f"`DataSelector.select(ids=[{', '.join(map(repr, plain[:8]))}...])`: expected positions in the training "
+            f"data, as ints. Got a {type(odd[0]).__name__}; of a mask pass the positions that are true."
+        )
+    return tuple(plain)

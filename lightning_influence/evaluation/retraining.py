@@ -157,6 +157,11 @@ class _Results:
         if self.path is None:
             return
         head = {"format": FORMAT, "settings": json.loads(json.dumps(dict(settings)))}
+        if self.path.is_dir():
+            raise ValueError(
+                f"`Retraining(path={str(self.path)!r})`: that is a folder. Expected the path of a file, such as "
+                "losses.jsonl."
+            )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self._whole_lines()
         if not lines:
@@ -217,6 +222,9 @@ def _train(train: Train, measure: Measure | None, job: Job) -> list[float]:
     losses = found if measure is None else measure(found)
     if isinstance(losses, torch.nn.Module):
         raise ValueError("`Retraining(train)`: returned a model; expected losses, or `measure` to take them from it.")
+    if losses is None:
+        name = "train" if measure is None else "measure"
+        raise ValueError(f"`Retraining({name})`: returned None; expected a loss, or one for each target example.")
     return torch.as_tensor(losses, dtype=torch.float64).detach().reshape(-1).tolist()
 
 

@@ -29,7 +29,7 @@ def test_tied_to_the_first_dataset_that_it_is_found_in():
     assert tied.found_in(numbered(9)).fingerprint == tied.fingerprint
     with pytest.raises(ValueError, match=r"\(9 examples, .*\) is not the pool the selection was made in"):
         tied.found_in(numbered(9, seed=1))
-    with pytest.raises(ValueError, match=r"\(4 examples, .*with position 4\)"):
+    with pytest.raises(ValueError, match=r"position 4 lies outside .* has 4 examples\. Expected positions from 0 to 3"):
         loose.found_in(numbered(4))
 
 
@@ -48,7 +48,7 @@ def test_weights_from_gains():
     assert Chosen.of(selection).weighed("gains").weights_of_ids == [3.0, 0.0, 2.0]
     worse = TopK().select(torch.tensor([-1.0, -2.0]), budget=2)
     with pytest.raises(
-        ValueError, match=r"`DataSelector.weigh\(gains\)`: expected finite numbers >= 0, not all of them 0"
+        ValueError, match=r"`DataSelector.weigh\('gains'\)`: none of the 2 picks is predicted to lower the target loss"
     ):
         Chosen.of(worse).weighed("gains")
 
@@ -71,3 +71,10 @@ def test_weights_that_do_not_fit(weights, message):
 
 def test_positions_are_plain():
     assert json.dumps(plain_positions(np.array([2, 0]))) == "[2, 0]"
+    assert plain_positions(torch.tensor([2, 0])) == (2, 0)
+
+
+@pytest.mark.parametrize("ids", [[1.5], ["3"], [True, False], torch.tensor([False, True])])
+def test_what_are_no_positions(ids):
+    with pytest.raises(ValueError, match=r"expected positions in the training data, as ints\. Got a "):
+        plain_positions(ids)

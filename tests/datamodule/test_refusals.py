@@ -20,7 +20,7 @@ def test_unseeded_split_is_noticed():
 
 
 def test_positions_outside_the_pool():
-    with pytest.raises(ValueError, match=r"the training data \(16 examples"):
+    with pytest.raises(ValueError, match=r"position 16 lies outside the training data, which has 16 examples"):
         fit(DataSelector(Data(), selection=[3, 16]))
 
 

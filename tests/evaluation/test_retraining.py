@@ -38,6 +38,10 @@ def test_losses_of_a_model():
     assert retraining(model, measure=weight).losses(SUBSETS, 2)[:, :, 0].tolist() == [[2, 3], [1, 2], [3, 4]]
     with pytest.raises(ValueError, match="returned a model; expected losses, or `measure`"):
         retraining(model).losses(SUBSETS, 2)
+    with pytest.raises(ValueError, match=r"`Retraining\(train\)`: returned None; expected a loss"):
+        retraining(lambda ids, seed: None).losses(SUBSETS, 2)
+    with pytest.raises(ValueError, match=r"`Retraining\(measure\)`: returned None; expected a loss"):
+        retraining(model, measure=lambda trained: None).losses(SUBSETS, 2)
 
 
 def test_processes_give_the_same_with_one_thread_each():
@@ -86,6 +90,8 @@ def test_a_file_of_other_trainings_is_refused(tmp_path):
         retraining(path=path, settings={"epochs": 4}).losses(SUBSETS, 1)
     with pytest.raises(ValueError, match="gave 1 losses, others 2"):
         retraining(lambda ids, seed: 0.0, path=path, settings={"epochs": 3}).losses(SUBSETS, 2)
+    with pytest.raises(ValueError, match=r"that is a folder\. Expected the path of a file"):
+        retraining(path=tmp_path).losses(SUBSETS, 1)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, []])
