@@ -46,8 +46,14 @@ class Chosen:
         """The rows that a selection names by their positions.
 
         Raises:
-            ValueError: If its ids are names.
+            ValueError: If its ids are names, or it has none.
         """
+        if not selection.ids:
+            raise ValueError(
+                "`DataSelector.select()`: the selection is empty, as no row is predicted to lower the target loss and "
+                "the constraints say stop_if_negative_gain=True. Leave that out to have the least harmful rows, or "
+                "check that pool and targets fit together."
+            )
         return cls(tuple(positions_of(selection)), selection, fingerprint)
 
     @property

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_influence.datamodule.chosen import Chosen, plain_positions
-from lightning_influence.selection import Random, TopK
+from lightning_influence.selection import Constraints, Random, TopK
 from tests.datamodule.toys import numbered
 
 
@@ -51,6 +51,13 @@ def test_weights_from_gains():
         ValueError, match=r"`DataSelector.weigh\('gains'\)`: none of the 2 picks is predicted to lower the target loss"
     ):
         Chosen.of(worse).weighed("gains")
+
+
+def test_an_empty_selection_is_not_served():
+    stopping = Constraints(stop_if_negative_gain=True)
+    empty = TopK().select(torch.tensor([-1.0, -2.0]), budget=2, constraints=stopping)
+    with pytest.raises(ValueError, match=r"the selection is empty, .* stop_if_negative_gain=True\. Leave that out"):
+        Chosen.of(empty)
 
 
 @pytest.mark.parametrize(
