@@ -63,7 +63,8 @@ def placed(data: Any, model: nn.Module, inner: Any, trainer: Any) -> Any:
     """
     if isinstance(data, Mapping):
         return {name: placed(part, model, inner, trainer) for name, part in data.items()}
-    convert, hooks = _conversion(model, trainer), _hooks(model, inner)
+    module = getattr(model, "_orig_mod", model)  # torch.compile(module) is another, and fits as the one inside
+    convert, hooks = _conversion(module, trainer), _hooks(module, inner)
     if convert is None and not hooks:
         return data
     plain = data if isinstance(data, ExampleLoader | DataLoader) else ExampleLoader(data)

@@ -58,6 +58,7 @@ def test_transfer_hooks_make_the_batches_that_are_looked_at(model, data):
     selector = DataSelector(data(pool), {"a": goals, "b": loader(6, 1)}, **settings)
     found = selector.select(looking, progress=False)
     assert found.ids == expected.ids
+    assert selector.select(torch.compile(looking, backend="eager"), progress=False).ids == expected.ids
     torch.testing.assert_close(found.gains, expected.gains)
     assert not torch.allclose(found.gains, raw.gains)
 
