@@ -61,6 +61,7 @@ from lightning_influence import (
     refine,
     select_training_data,
 )
+from lightning_influence.selection import selection_device
 
 DEVICE = torch.device(os.environ.get("LI_TEST_DEVICE", "cuda"))
 pytestmark = [
@@ -291,12 +292,13 @@ def test_other_rules_and_the_certificate():
     assert gaps[0] == pytest.approx(gaps[1], rel=1e-3, abs=1e-6)
 
 
-def test_selection_from_a_model():
+def test_selection_from_a_model(monkeypatch):
+    monkeypatch.setattr(selection_device, "LEAST", 1)  # the rules themselves look at the pool on the device
     for rule in ("newton", InteractionGreedy(), NewtonGreedy(0.3)):
         options: dict[str, Any] = {"budget": 8, "rule": rule, "progress": False}
-        expected = select_training_data(classifier(CPU), POOL, TARGETS, **options)
-        found = select_training_data(classifier(DEVICE), POOL, TARGETS, **options)
-        assert found.ids == expected.ids
+        expected, found = (select_training_data(classifier(d), POOL, TARGETS, **options) for d in (CPU, DEVICE))
+        selector = DataSelector(POOL, TARGETS, budget=8, rule=rule)
+        assert selector.select(classifier(DEVICE), progress=False).ids == found.ids == expected.ids
 
 
 @pytest.mark.parametrize("landmarks", [0, 10])

@@ -211,6 +211,11 @@ class Interactions:
             damping=damping,
         )
 
+    def to(self, device: torch.device | str) -> Interactions:
+        """The same on a device: what is computed of them is computed there."""
+        metric = None if self.metric is None else self.metric.to(device)
+        return replace(self, values=self.values.to(device), features=self.features.to(device), metric=metric)
+
     def __len__(self) -> int:
         return len(self._factors)
 

@@ -139,6 +139,12 @@ class NewtonPool:
             return cls(influence.write_features(pool, path, dtype=dtype).values, goals, ids=ids, damping=damping)
         return cls(*thinned(influence.features(pool), goals), ids=ids, damping=damping)
 
+    def to(self, device: torch.device | str) -> Self:
+        """The same on a device, where the ridge is found and rows are chosen then."""
+        fisher = None if self.curvature_targets is None else self.curvature_targets.to(device)
+        features, targets = self.features.to(device), self.targets.to(device)
+        return replace(self, features=features, targets=targets, curvature_targets=fisher)
+
     @cached_property
     def interactions(self) -> Interactions:
         """The same as values, features and metric, at weight 1."""

@@ -33,6 +33,7 @@ from lightning_influence.selection.newton_pool import NewtonPool
 from lightning_influence.selection.pool_audit import PoolAudit, audit_pool
 from lightning_influence.selection.saturation import saturating_weight
 from lightning_influence.selection.selection import Selection
+from lightning_influence.selection.selection_device import placed
 from lightning_influence.selection.terms import Terms, settle_terms
 
 KnownWeight: TypeAlias = Literal["saturate", "1/n", "1/k"] | float  # from interactions alone
@@ -73,7 +74,8 @@ def select_training_data(
     ([IA] sections 3.1 and 3.2).
 
     Args:
-        model: The warm-up model. Left as it was.
+        model: The warm-up model. Left as it was. Rules look at a large pool on its device, if that is CUDA with room
+            for the features (`selection_device`), and else on the CPU; the selection is the same up to rounding.
         pool: Map-style dataset or DataLoader of the rows to choose from; ids are positions in it.
         targets: Map-style dataset or DataLoader of the examples whose mean loss shall fall; or several such sets, of
             any size, by name, which count alike.
@@ -149,12 +151,12 @@ def select_training_data(
         influence.check(ExampleLoader(rows, indices=suspects), what="pool rows")
     influence.fit(rows)
     if isinstance(rule, Newton | NewtonGreedy):
-        selection = _by_newton(NewtonPool.scored(influence, goals, rows, **told), rule, terms)
+        selection = _by_newton(placed(NewtonPool.scored(influence, goals, rows, **told), model), rule, terms)
         return replace(selection, positions=tuple(int(name) for name in selection.ids))
     scores = influence.score(goals, rows)
     fisher = influence.score(goals, rows, labels="sampled", seed=seed) if target_curvature == "sampled" else None
     if named.across == "mean":
-        interactions = named.interactions(scores, fisher, 1 / terms.rows)
+        interactions = placed(named.interactions(scores, fisher, 1 / terms.rows), model)
         choice = _held_out(interactions, rule, scores, fisher, named, folds, terms) if weight == "held-out" else None
         plain = weight if weight != "held-out" else "saturate" if choice is None else choice.best
         number = resolve_weight(interactions, rule, terms.rows, plain)
