@@ -144,6 +144,8 @@ def compare(
         if odd:
             raise ValueError(f"`{_CALL}({argument})`: {odd} are no selections; expected names among {list(chosen)}.")
     for name, own in (losses or {}).items():
+        if not isinstance(own, Iterable):
+            raise ValueError(f"`{_CALL}(losses)`: {name!r} has {own!r}; expected a list of losses, one for each seed.")
         if not all(map(math.isfinite, own)):
             raise ValueError(
                 f"`{_CALL}(losses)`: {name!r} has {list(own)}; expected finite losses. Leave diverged seeds out."

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from lightning_influence.metrics.rank_agreement import MEASURES, Rank, percentil
 def linear_datamodeling_score(
     scores: Scores | Mapping[str, Scores],
     subsets: Sequence[Iterable[Id]],
-    losses: Tensor,
+    losses: Tensor | Sequence[Any],
     *,
     kind: Rank = "spearman",
     seed: int = 0,
@@ -32,7 +34,7 @@ def linear_datamodeling_score(
     Args:
         scores: [q, n] of an estimator, or of several by name, with the same queries.
         subsets: Ids of the training examples of each subset.
-        losses: [subsets, q], or [subsets, seeds, q], whose mean over seeds is taken.
+        losses: [subsets, q], or [subsets, seeds, q], whose mean over seeds is taken; a tensor or nested lists.
         kind: ``"spearman"`` as in the paper, or ``"kendall"``.
         seed: Of the draws for the intervals, which draw targets and subsets again and again.
         resamples: Number of draws.
@@ -41,7 +43,8 @@ def linear_datamodeling_score(
         A report of the measure ``lds``; each line has the rank correlation of every target.
 
     Raises:
-        ValueError: If shapes or queries do not fit, an example of a subset has no score, or a number is NaN.
+        ValueError: If shapes or queries do not fit, an example of a subset has no score or stands there twice, or a
+            number is NaN.
 
     >>> scores = Scores(torch.tensor([[3.0, 2.0, 1.0]]), ("q",), (0, 1, 2), "dot", "sum")
     >>> report = linear_datamodeling_score(scores, [[0, 1], [0, 2], [1, 2]], torch.tensor([[0.1], [0.2], [0.9]]))
@@ -51,7 +54,8 @@ def linear_datamodeling_score(
     call = "linear_datamodeling_score"
     named = dict(scores) if isinstance(scores, Mapping) else {"scores": scores}
     members = [plain_ids(subset) for subset in subsets]
-    measured = (losses.mean(1) if losses.dim() == 3 else losses).cpu().double()
+    table = torch.as_tensor(losses).cpu().double()
+    measured = table.mean(1) if table.dim() == 3 else table
     if kind not in ("spearman", "kendall"):
         raise ValueError(f"`{call}(kind={kind!r})`: expected 'spearman' or 'kendall'.")
     _check(call, named, members, measured)
@@ -90,6 +94,10 @@ def _line(
 def _check(call: str, named: Mapping[str, Scores], subsets: list[tuple[Id, ...]], measured: Tensor) -> None:
     if not named or len(subsets) < 2:
         raise ValueError(f"`{call}`: expected scores of an estimator and at least two subsets. Got {len(subsets)}.")
+    for subset in subsets:
+        twice = [name for name, times in Counter(subset).items() if times > 1]
+        if twice:
+            raise ValueError(f"`{call}(subsets)`: expected each example of a subset once. Repeated: {few(twice)}.")
     for name, scores in named.items():
         expected = (len(subsets), len(scores.query_ids))
         if tuple(measured.shape) != expected:

@@ -14,6 +14,7 @@ from lightning_influence.capture import Component, ExampleLoader, ExampleLoss
 from lightning_influence.capture.component import Select
 from lightning_influence.curvature import EKFAC, Curvature
 from lightning_influence.curvature.base import loss_for
+from lightning_influence.estimators.factors import few
 from lightning_influence.estimators.influence_function import InfluenceFunction
 from lightning_influence.estimators.interactions import Interactions
 from lightning_influence.estimators.queries import check_one_loss
@@ -141,7 +142,7 @@ def select_training_data(
     influence = InfluenceFunction(model, curvature, loss, components, normalise=normalise, progress=progress)
     _check_targets(influence, goals, rows, target_curvature)
     audit = audit_pool(model, rows, goals, loss, progress)
-    rows = _usable(rows, audit, leaks, repeats=constraints is None or constraints.duplicates == "allow")
+    rows = _usable(rows, audit, leaks, Constraints() if constraints is None else constraints)
     chooser = NewtonGreedy() if isinstance(rule, Newton) else rule
     terms = settle_terms(CALL, budget, constraints, chooser, rows, loss_for(model, rows, loss), audit)
     told: dict[str, Any] = {"target_curvature": target_curvature, "shares": named.shares, "seed": seed}
@@ -280,7 +281,7 @@ def _warn_of_harm(how: str, stacklevel: int) -> None:
     )
 
 
-def _usable(rows: ExampleLoader, audit: PoolAudit, leaks: Leaks, repeats: bool) -> ExampleLoader:
+def _usable(rows: ExampleLoader, audit: PoolAudit, leaks: Leaks, constraints: Constraints) -> ExampleLoader:
     """The pool without rows that have no target, after saying what else stands out."""
     if leaks == "refuse" and audit.leaked:
         raise ValueError(
@@ -289,6 +290,12 @@ def _usable(rows: ExampleLoader, audit: PoolAudit, leaks: Leaks, repeats: bool) 
         )
     left_out = {*audit.unsupervised, *(audit.leaked if leaks == "exclude" else ())}
     left = [k for k in rows.ids if k not in left_out]
+    wanted = [k for k in constraints.must_include if k in left_out]
+    if wanted:
+        raise ValueError(
+            f"`{CALL}(constraints)`: must_include names rows that are left out of the pool, {few(wanted)}: they have "
+            "no supervised target, or stand in the target set too (leaks='exclude'). Expected rows to train on."
+        )
     if not left:
         raise ValueError(
             f"{CALL}: no row of the pool has a supervised target; check the label mask."
@@ -296,7 +303,7 @@ def _usable(rows: ExampleLoader, audit: PoolAudit, leaks: Leaks, repeats: bool) 
             else f"{CALL}: every row of the pool has no supervised target or also stands in the target set."
         )
     told = replace(audit, leaked=audit.leaked if leaks == "warn" else ())
-    told = replace(told, duplicates=audit.duplicates if repeats else ())
+    told = replace(told, duplicates=audit.duplicates if constraints.duplicates == "allow" else ())
     for remark in told.remarks:
         warnings.warn(f"{CALL}: {remark}", stacklevel=3)
     return ExampleLoader(rows, indices=left)

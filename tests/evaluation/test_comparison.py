@@ -74,6 +74,7 @@ def test_selections_of_rules():
         ({"a": [0, 7]}, {"sources": ["x"]}, r"\(sources\)`: expected one for every row that was chosen, none for id 7"),
         ({"a": [0]}, {"costs": {1: 2.0}}, r"\(costs\)`: .* none for id 0"),
         ({"a": [0]}, {"losses": {"b": [1.0]}}, r"\(losses\)`: \['b'\] are no selections"),
+        ({"a": [0]}, {"losses": {"a": 0.5}}, r"\(losses\)`: 'a' has 0.5; expected a list of losses, one for each seed"),
         ({"a": [0]}, {"losses": {"a": [1.0, math.nan]}}, r"\(losses\)`: 'a' has \[1.0, nan\]; expected finite"),
         ({"a": [0]}, {"seconds": {"b": 1.0}}, r"\(seconds\)`: \['b'\] are no selections"),
         ({"a": [0]}, {"scores": {"x": scores(0), "y": torch.ones(5)}}, r"of one pool, in one order. Got .*\[5\]"),

@@ -67,11 +67,18 @@ def test_components_are_summed():
         (SCORES, SUBSETS[:1], (1, Q), "at least two subsets. Got 1"),
         (SCORES, SUBSETS, (30, Q + 1), r"\[subsets, queries\] = \[30, 4\] for 'scores'.* Got \[30, 5\]"),
         (SCORES, [("a",), ("z", "b")], (2, Q), "id 'z' have no score of 'scores'"),
+        (SCORES, [("a",), ("b", "c", "b")], (2, Q), r"\(subsets\)`: expected each example .* once. Repeated: id 'b'"),
     ],
 )
 def test_what_does_not_fit(scores, subsets, shape, message):
     with pytest.raises(ValueError, match=message):
         linear_datamodeling_score(scores, subsets, torch.zeros(shape))
+
+
+def test_losses_as_lists():
+    losses = torch.randn(30, 2, Q, generator=torch.Generator().manual_seed(5))
+    one, other = (linear_datamodeling_score(SCORES, SUBSETS, given) for given in (losses, losses.tolist()))
+    assert one.line("scores").measures == other.line("scores").measures
 
 
 def test_kind_and_nan():

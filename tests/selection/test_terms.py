@@ -141,6 +141,8 @@ def test_rows_of_the_target_set_are_refused_or_left_out_on_request() -> None:
     assert sorted(selected(2, targets=targets, leaks="exclude", constraints=Constraints(exclude=[7])).ids)
     with pytest.raises(ValueError, match="every row of the pool has no supervised target or also stands in the target"):
         selected(1, [POOL[7]], targets, leaks="exclude")
+    with pytest.raises(ValueError, match=r"must_include names rows that are left out of the pool, id 7: they have"):
+        selected(2, targets=targets, leaks="exclude", constraints=Constraints(must_include=[7]))
     with pytest.raises(ValueError, match=re.escape("(leaks='drop')`: expected 'warn', 'refuse' or 'exclude'.")):
         selected(leaks="drop")
 

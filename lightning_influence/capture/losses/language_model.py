@@ -79,6 +79,12 @@ class LanguageModelLoss(ExampleLoss):
                 f"LanguageModelLoss: got a batch of type {type(batch).__name__}; expected a mapping with "
                 "'labels' [n, t] (-100 where nothing is predicted) beside the model's inputs."
             )
+        odd = labels[(labels < 0) & (labels != IGNORED)]
+        if len(odd):  # no class, and a label all the same: its loss would count as 0, and labels be drawn for it
+            raise ValueError(
+                f"LanguageModelLoss: got labels {sorted(set(odd.tolist()))[:4]}; expected token ids, or -100 where nothing "
+                "is predicted. Write labels.masked_fill(labels < 0, -100) where the batch is made."
+            )
         if not self.shift:
             return labels
         return torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)], dim=1)

@@ -141,6 +141,10 @@ def test_the_cache_of_a_generating_model_is_not_filled() -> None:
         ({"input_ids": torch.ones(2, 3)}, r"got a batch of type dict; expected a mapping with 'labels' \[n, t\]"),
         ({**text(), "labels": torch.ones(3, dtype=torch.int64)}, r"expected a mapping with 'labels' \[n, t\]"),
         (
+            {**text(), "labels": text()["labels"].masked_fill(text()["labels"] == -100, -1)},
+            r"got labels \[-1\]; expected token ids, or -100 where nothing is predicted. Write labels.masked_fill",
+        ),
+        (
             {**text(), "labels": text(3, 5)["labels"]},
             r"logits of shape \(3, 7, 23\) for labels \(3, 5\); expected \[n, t, V\]",
         ),
