@@ -82,8 +82,8 @@ class LanguageModelLoss(ExampleLoss):
         odd = labels[(labels < 0) & (labels != IGNORED)]
         if len(odd):  # no class, and a label all the same: its loss would count as 0, and labels be drawn for it
             raise ValueError(
-                f"LanguageModelLoss: got labels {sorted(set(odd.tolist()))[:4]}; expected token ids, or -100 where nothing "
-                "is predicted. Write labels.masked_fill(labels < 0, -100) where the batch is made."
+                f"LanguageModelLoss: got labels {sorted(set(odd.tolist()))[:4]}; expected token ids, or -100 where "
+                "nothing is predicted. Write labels.masked_fill(labels < 0, -100) where the batch is made."
             )
         if not self.shift:
             return labels

@@ -149,7 +149,7 @@ def test_the_cache_of_a_generating_model_is_not_filled() -> None:
             r"logits of shape \(3, 7, 23\) for labels \(3, 5\); expected \[n, t, V\]",
         ),
     ],
-    ids=["tensor", "no labels", "one label each", "other length"],
+    ids=["tensor", "no labels", "one label each", "negative", "other length"],
 )
 def test_wrong_batches(batch: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
