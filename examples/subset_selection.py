@@ -326,13 +326,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--sizes", type=int, nargs="+", help="of the selections, in rows; default: three for each set")
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--landmarks", type=int, help="pool rows that newton knows the others by; default: all")
+    parser.add_argument("--targets", type=int, help="examples to select by; default: 300 digits, 400 of the other sets")
     parser.add_argument("--quick", action="store_true", help="one seed and network, wrong labels alone, two sizes")
     options = parser.parse_args(arguments)
     if min(options.seeds, options.networks, options.jobs) < 1 or not all(0 <= noise <= 1 for noise in options.noise):
         parser.error("expected --seeds, --networks and --jobs >= 1 and --noise as shares, such as 0.2")
     if options.first_seed < 0:
         parser.error(f"expected --first-seed >= 0, got {options.first_seed}")
-    pool = SETTINGS[options.set].pool
+    pool, most = SETTINGS[options.set].pool, SETTINGS[options.set].targets
+    options.targets = most if options.targets is None else options.targets
+    if not 1 <= options.targets <= most:
+        parser.error(f"expected --targets from 1 to {most}, got {options.targets}")
     if any(size % BATCH or not 0 < size <= pool for size in options.sizes or ()):
         parser.error(f"expected --sizes as multiples of {BATCH}, the batch, up to {pool} rows")
     if options.quick:
@@ -347,10 +351,10 @@ def main(arguments: Sequence[str]) -> None:
     options = parse(arguments)
     setting = SETTINGS[options.set]
     sizes = options.sizes or (setting.sizes[:2] if options.quick else setting.sizes)
-    results = splits(replace(setting, sizes=tuple(sizes)), options)
+    results = splits(replace(setting, sizes=tuple(sizes), targets=options.targets), options)
     lines = table(results)
     show(lines)
-    names = ("set", "first_seed", "seeds", "networks", "landmarks")
+    names = ("set", "first_seed", "seeds", "networks", "landmarks", "targets")
     print("RESULT", json.dumps({**{name: getattr(options, name) for name in names}, "lines": lines}))
 
 

@@ -29,7 +29,7 @@ def lines(printed: str) -> dict[tuple[int, str], dict[str, Any]]:
     return {(line["rows"], line["method"]): line for line in json.loads(content)["lines"]}
 
 
-@pytest.mark.parametrize("options", [[], ["--landmarks", "0"]])
+@pytest.mark.parametrize("options", [[], ["--landmarks", "0"], ["--targets", "20"]])
 def test_every_method_at_every_size(
     options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,6 +138,8 @@ def test_without_the_files() -> None:
         (["--noise", "2"], "--noise as shares, such as 0.2"),
         (["--jobs", "0"], "--jobs >= 1"),
         (["--first-seed", "-1"], "--first-seed >= 0, got -1"),
+        (["--targets", "0"], "expected --targets from 1 to 300, got 0"),
+        (["--targets", "301"], "expected --targets from 1 to 300, got 301"),
         (["--sizes", "60"], "--sizes as multiples of 25, the batch, up to 1000 rows"),
         (["--sizes", "1025"], "--sizes as multiples of 25, the batch, up to 1000 rows"),
         (["--methods", "best"], "invalid choice: 'best'"),
