@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_influence.capture.examples import ExampleLoader
+from lightning_influence.capture.unfit import UnfitExamplesError, of_device
 from lightning_influence.datamodule.wrapper import overrides
 
 _BEFORE, _TRANSFER, _AFTER = HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
@@ -39,11 +40,25 @@ class Placed:
         batch = collate_fn(rows)
         if convert is not None:
             batch = convert(batch)
-        if _BEFORE in hooks:
-            batch = hooks[_BEFORE](batch, 0)
-        transfer = hooks.get(_TRANSFER)
-        batch = move_data_to_device(batch, device) if transfer is None else transfer(batch, device, 0)
-        return hooks[_AFTER](batch, 0) if _AFTER in hooks else batch
+        batch = self._hooked(_BEFORE, batch, 0)
+        transfers = _TRANSFER in hooks
+        batch = self._hooked(_TRANSFER, batch, device, 0) if transfers else move_data_to_device(batch, device)
+        return self._hooked(_AFTER, batch, 0)
+
+    def _hooked(self, name: str, batch: Any, *arguments: Any) -> Any:
+        """What a hook makes of a batch; the batch where there is none."""
+        hook = self._parts[2].get(name)
+        if hook is None:
+            return batch
+        try:
+            return hook(batch, *arguments)
+        except Exception as error:
+            if of_device(error):
+                raise
+            raise UnfitExamplesError(
+                f"`{name}` fails on a batch ({type(error).__name__}: {error}). `DataSelector.select` looks at batches "
+                "as a fit gets them: where the hook needs `self.trainer`, pass a model that a Trainer has fitted."
+            ) from error
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Placed) and self._parts == other._parts

@@ -34,7 +34,7 @@ from lightning_influence.selection.newton_pool import NewtonPool
 from lightning_influence.selection.pool_audit import PoolAudit, audit_pool
 from lightning_influence.selection.saturation import saturating_weight
 from lightning_influence.selection.selection import Selection
-from lightning_influence.selection.selection_device import placed
+from lightning_influence.selection.selection_device import on_its_device
 from lightning_influence.selection.terms import Terms, settle_terms
 
 KnownWeight: TypeAlias = Literal["saturate", "1/n", "1/k"] | float  # from interactions alone
@@ -152,12 +152,12 @@ def select_training_data(
         influence.check(ExampleLoader(rows, indices=suspects), what="pool rows")
     influence.fit(rows)
     if isinstance(rule, Newton | NewtonGreedy):
-        selection = _by_newton(placed(NewtonPool.scored(influence, goals, rows, **told), model), rule, terms)
+        selection = _by_newton(on_its_device(NewtonPool.scored(influence, goals, rows, **told), model), rule, terms)
         return replace(selection, positions=tuple(int(name) for name in selection.ids))
     scores = influence.score(goals, rows)
     fisher = influence.score(goals, rows, labels="sampled", seed=seed) if target_curvature == "sampled" else None
     if named.across == "mean":
-        interactions = placed(named.interactions(scores, fisher, 1 / terms.rows), model)
+        interactions = on_its_device(named.interactions(scores, fisher, 1 / terms.rows), model)
         choice = _held_out(interactions, rule, scores, fisher, named, folds, terms) if weight == "held-out" else None
         plain = weight if weight != "held-out" else "saturate" if choice is None else choice.best
         number = resolve_weight(interactions, rule, terms.rows, plain)

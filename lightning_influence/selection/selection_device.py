@@ -45,7 +45,7 @@ def selection_device(device: torch.device, needed: int, free: int | None) -> tor
     return device if device.type == "cuda" and fits else torch.device("cpu")
 
 
-def placed(known: Known, model: nn.Module) -> Known:
+def on_its_device(known: Known, model: nn.Module) -> Known:
     """A pool where the rule shall look at it; what is chosen there is what is chosen on the CPU, up to rounding."""
     device = next(model.parameters()).device
     if torch.are_deterministic_algorithms_enabled():  # sums along rows, which rules take, are refused on a GPU then

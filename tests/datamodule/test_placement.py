@@ -63,6 +63,23 @@ def test_transfer_hooks_make_the_batches_that_are_looked_at(model, data):
     assert not torch.allclose(found.gains, raw.gains)
 
 
+class InTraining(Net):
+    """As in Lightning's own example of augmentation."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return turned(*batch) if self.trainer.training else batch
+
+
+@pytest.mark.filterwarnings("ignore:You have overridden `on_after_batch_transfer`")
+def test_a_hook_that_needs_a_trainer_says_so():
+    selector = DataSelector(loader(), loader(6, 1), val=loader(6, 2), budget=4, curvature=EKFAC(damping=0.1))
+    with pytest.raises(
+        ValueError, match=r"`on_after_batch_transfer` fails on a batch \(RuntimeError: .* needs `self.trainer`"
+    ):
+        selector.select(InTraining(), progress=False)
+    assert len(selector.select(fit(selector, model=InTraining()), progress=False).ids) == 4
+
+
 def test_data_that_a_fit_only_moves_is_left_as_it_is():
     data = {"a": loader(), "b": loader()}
     assert placed(data, Net(), TrainOnly(loader()), None) == data

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_influence import Interactions, NewtonPool
 from lightning_influence.selection import selection_device as module
-from lightning_influence.selection.selection_device import LEAST, SHARE, placed, selection_device
+from lightning_influence.selection.selection_device import LEAST, SHARE, on_its_device, selection_device
 from tests.curvature.models import normal
 
 GPU, CPU = torch.device("cuda", 1), torch.device("cpu")
@@ -52,7 +52,7 @@ def model_on(device: torch.device) -> Any:
 
 def test_what_does_not_go_elsewhere_is_left_alone() -> None:
     known = Known(torch.zeros(4, 2))
-    assert placed(known, nn.Linear(2, 1)) is known
+    assert on_its_device(known, nn.Linear(2, 1)) is known
 
 
 @pytest.mark.parametrize(("rows", "free", "goal"), [(100, 2**40, GPU), (100, 8 * 100 * 2 * SHARE - 1, None)])
@@ -62,10 +62,10 @@ def test_the_room_is_that_of_the_features_in_double_precision(
     asked: list[torch.device] = []
     monkeypatch.setattr(module, "LEAST", 1)
     monkeypatch.setattr(module, "_free", lambda device: asked.append(device) or free)
-    assert placed(Known(torch.zeros(rows, 2, dtype=torch.float16)), model_on(GPU)).moved == goal
+    assert on_its_device(Known(torch.zeros(rows, 2, dtype=torch.float16)), model_on(GPU)).moved == goal
     assert asked == [GPU]
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    assert placed(Known(torch.zeros(rows, 2)), model_on(GPU)).moved is None
+    assert on_its_device(Known(torch.zeros(rows, 2)), model_on(GPU)).moved is None
 
 
 def test_memory_is_what_the_device_and_torch_have_left(monkeypatch: pytest.MonkeyPatch) -> None:
