@@ -65,7 +65,7 @@ def outputs_of(model: nn.Module, inputs: Tensor, labels: Tensor) -> tuple[Tensor
 @torch.no_grad()
 def probabilities(model: nn.Module, inputs: Tensor) -> Tensor:
     found: Tensor = model(inputs.to(next(model.parameters()))).softmax(1).double()
-    return found
+    return found.cpu()
 
 
 def curvature_rows(inputs: Tensor, p: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ def additive_scores(pair: Pair, model: nn.Module, path: list[nn.Module], rates: 
     train, targets = datasets(pair)
     model = copy.deepcopy(model).float()
     dots = [
-        GradientDot(m.float(), batch_size=256, progress=False).score(targets, train, aggregate="mean").values[0]
+        GradientDot(m.float(), batch_size=256, progress=False).score(targets, train, aggregate="mean").values[0].cpu()
         for m in (model, *path)
     ]
     return {
@@ -177,13 +177,12 @@ def trak(pair: Pair, model: nn.Module, train: TensorDataset, targets: TensorData
     size = min(512, len(train) // 4)
     loss = None if pair.outputs > 1 else Prediction()
     found = TRAK(model, FactoredProjection(size), loss, batch_size=256, progress=False, damping_share=1e-3).fit(train)
-    scores = found.score(targets).total()
-    with torch.no_grad():
-        outputs = model(pair.target_inputs)
+    scores = found.score(targets).total().cpu()
     if pair.outputs > 1:
-        lacking = 1 - outputs.softmax(1).gather(1, pair.target_labels[:, None])
+        lacking = 1 - probabilities(model, pair.target_inputs).gather(1, pair.target_labels[:, None])
     else:
-        lacking = pair.target_labels - outputs
+        with torch.no_grad():
+            lacking = pair.target_labels - model(pair.target_inputs)
     return (lacking * scores).mean(0)
 
 
@@ -192,7 +191,7 @@ def estimates(effects: GroupEffects | GroupInfluence, scores: dict[str, Tensor],
     found: dict[str, Tensor] = {}
     for method in METHODS:
         try:
-            found[method] = effects.estimates(groups, method, "removal")
+            found[method] = effects.estimates(groups, method, "removal").cpu()
         except ValueError as error:  # the Newton step needs a positive definite rest
             print(f"  {method} is not defined here: {error}")
     for name, values in scores.items():

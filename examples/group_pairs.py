@@ -82,7 +82,8 @@ class Pair:
 
     @torch.no_grad()
     def target_loss(self, network: nn.Module) -> float:
-        return float(self.loss(network(self.target_inputs.to(next(network.parameters()))), self.target_labels))
+        weight = next(network.parameters())
+        return float(self.loss(network(self.target_inputs.to(weight)), self.target_labels.to(weight.device)))
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,13 @@ class Training:
     is convex and solved by L-BFGS in float64, whatever the seed. So are smooth networks: from the weights that the seed
     draws where all rows are trained on, from the minimum found there otherwise (so that it is the same one that moves;
     of logistic regression there is but one, which is then found sooner). Other networks take plain SGD as in [IA], a
-    ResNet-9 with momentum and a rate that falls to 0 along a cosine.
+    ResNet-9 with momentum and a rate that falls to 0 along a cosine, on ``device``.
     """
 
     pair: Pair
     epochs: int
     rate: float
+    device: str = "cpu"
     minima: dict[int, nn.Module] = field(default_factory=dict, repr=False, compare=False)
 
     def __call__(self, ids: tuple[int, ...], seed: int) -> float:
@@ -147,20 +149,20 @@ class Training:
     def sgd(self, ids: tuple[int, ...], seed: int, checkpoints: int = 1) -> list[nn.Module]:
         """Networks at so many evenly spaced ends of epochs, the last one last."""
         generator = torch.Generator().manual_seed(seed)
-        network, rows = self.pair.network(seed), torch.tensor(ids)
+        network, rows = self.pair.network(seed).to(self.device), torch.tensor(ids)
         momentum = MOMENTUM if self.pair.residual else 0.0
         optimizer = torch.optim.SGD(network.parameters(), self.rate, momentum, weight_decay=self.decay(ids))
-        inputs, labels = self.pair.inputs[rows], self.pair.labels[rows]
+        inputs, labels = (part[rows].to(self.device) for part in (self.pair.inputs, self.pair.labels))
         kept = self.ends(checkpoints)
         found = []
         for epoch in range(1, self.epochs + 1):
             optimizer.param_groups[0]["lr"] = self.rate_of(epoch)
-            for batch in torch.randperm(len(rows), generator=generator).split(BATCH):
+            for batch in torch.randperm(len(rows), generator=generator).to(self.device).split(BATCH):
                 optimizer.zero_grad()
                 self.pair.loss(network(inputs[batch]), labels[batch]).backward()
                 optimizer.step()
             if epoch in kept:
-                found.append(self.pair.network(seed))
+                found.append(self.pair.network(seed).to(self.device))
                 found[-1].load_state_dict(network.state_dict())
         return found
 

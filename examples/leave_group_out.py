@@ -19,7 +19,7 @@ which is its Hessian. How MLPs are trained decides what can be seen at all:
   effect of a group is small beside that of the seed; "reliability" tells how much so.
 
 ResNet-9 is always trained by SGD, with momentum 0.9, a cosine and a quarter of the epochs, and with GroupNorm, so that
-every example has a loss of its own; its estimates use EK-FAC.
+every example has a loss of its own; its estimates use EK-FAC. On a GPU (--device cuda) several --workers share it.
 
 --curvature takes another one: ekfac, which has the groups' curvature in its own eigenbasis only. The
 weight decay is the damping. TracIn sums over 5 checkpoints of an SGD run, TRAK projects to at most 512 dimensions; of
@@ -71,7 +71,8 @@ def study_split(name: str, args: argparse.Namespace, seed: int) -> list[dict[str
     own = {"smooth": smooth, "decay": DECAY if logistic or residual else args.decay, "width": args.width}
     pair = load_pair(name, args.data, args.rows, args.targets, args.pixels, seed, **own)
     epochs = max(1, args.epochs // 4) if residual else args.epochs
-    training, everyone = Training(pair, epochs, args.rate), tuple(range(len(pair.labels)))
+    device = args.device if residual else "cpu"
+    training, everyone = Training(pair, epochs, args.rate, device), tuple(range(len(pair.labels)))
     model = training.network(everyone, 0)
     places = probabilities(model, pair.inputs) if pair.outputs > 1 else outputs(model, pair.inputs)
     sizes = [round(share * len(everyone)) for share in args.sizes]
@@ -125,7 +126,7 @@ def averages(found: list[dict[int, dict[str, Tensor]]]) -> dict[int, dict[str, T
 @torch.no_grad()
 def outputs(model: nn.Module, inputs: Tensor) -> Tensor:
     found: Tensor = model(inputs.to(next(model.parameters())))
-    return found
+    return found.cpu()
 
 
 def settings(name: str, args: argparse.Namespace, pair: Pair, seed: int) -> dict[str, Any]:
@@ -216,6 +217,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the first split and its anchors")
     parser.add_argument("--splits", type=int, default=1, help="of the data, with other anchors")
     parser.add_argument("--workers", type=int, default=1, help="processes that train at a time")
+    parser.add_argument("--device", default="cpu", help="where ResNet-9 is trained and scored, such as cuda")
     parser.add_argument("--out", type=Path, default=Path("runs/leave_group_out"), help="folder for what was trained")
     args = parser.parse_args(arguments)
     defaults: dict[str, tuple[float, float]] = {"rate": (0.01, 0.1)}
@@ -226,13 +228,21 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             setattr(args, key, values[args.quick])
     if args.decay is None:
         args.decay = DECAY if args.training == "sgd" else 0.03
+    _check(parser, args)
+    return args
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     known = found_pairs(args.data)
     if not set(args.pairs or known) <= set(known) or not known:
         parser.error(f"expected --pairs among those whose data is there, {known}; for others give --data DIR")
     if not all(0 < share < 1 for share in args.sizes) or args.rows * min(args.sizes) < 1:
         parser.error("expected --sizes as shares of the rows, such as 0.05, and a row in each group")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"expected --device to be one that this machine has, such as cpu; got {args.device} ({error})")
     args.pairs = args.pairs or [name for name in known if not (args.quick and name.endswith("resnet9"))]
-    return args
 
 
 def main(arguments: list[str]) -> None:

@@ -250,6 +250,12 @@ def test_resnet9_has_a_loss_of_each_example_and_a_rate_that_falls_to_0():
     assert Training(replace(made, name="digits-mlp"), 2, 0.3).mean_rates(5) == [0.3, 0.3]
 
 
+def test_resnet9_is_trained_on_a_device():
+    made = load_pair("digits-resnet9", None, 20, 10, 14, 0, width=4)
+    networks = Training(made, 2, 0.1, "meta").sgd(tuple(range(20)), 0, checkpoints=2)
+    assert [next(network.parameters()).device.type for network in networks] == ["meta", "meta"]
+
+
 @pytest.mark.filterwarnings("ignore:.*too few positions")
 def test_resnet9_from_end_to_end(tmp_path):
     options = ["--quick", "--pairs", "digits-resnet9", "--out", str(tmp_path), "--rows", "80", "--targets", "8"]
@@ -297,6 +303,7 @@ def test_ekfac_estimates_are_those_of_the_library():
         (["--pairs", "mnist-mlp"], "expected --pairs among those whose data is there"),
         (["--sizes", "1.5"], "expected --sizes as shares of the rows"),
         (["--data", "no/such/folder"], "for others give --data DIR"),
+        (["--device", "nowhere"], "expected --device to be one that this machine has"),
     ],
 )
 def test_arguments_that_do_not_fit(arguments, says, capsys, monkeypatch):
