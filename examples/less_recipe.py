@@ -62,6 +62,7 @@ QUICK = {
     "landmarks": 16,
 }
 ANY = "any"
+SETTINGS = "settings.json"
 
 
 def recipe_of(options: argparse.Namespace) -> Recipe:
@@ -136,7 +137,7 @@ def check_same(recipe: Recipe, out: Path) -> None:
     Raises:
         ValueError: If the folder holds those of another.
     """
-    file, own = out / "settings.json", json.loads(json.dumps(asdict(recipe)))
+    file, own = out / SETTINGS, json.loads(json.dumps(asdict(recipe)))
     if file.exists():
         kept = json.loads(file.read_text())
         odd = {name: (kept.get(name), value) for name, value in own.items() if kept.get(name) != value}
@@ -145,7 +146,6 @@ def check_same(recipe: Recipe, out: Path) -> None:
                 f"`--out {out}`: it holds a run with other settings, {odd} (there, now). Expected the same, or "
                 "another folder."
             )
-    write(file, own)
 
 
 def write(file: Path, content: object) -> None:
@@ -304,6 +304,7 @@ def main(arguments: Sequence[str]) -> None:
     try:
         check_same(recipe, options.out)
         training = prepared(recipe, options)
+        write(options.out / SETTINGS, asdict(recipe))
     except ValueError as error:
         sys.exit(f"less_recipe.py: {error}")
     print(training.data.describe(), flush=True)
