@@ -98,6 +98,22 @@ class Factors:
         """A [q, r] with M = AᵀA up to rounding, where few rows will do, as for the Fisher of a few targets."""
         return None if self.metric is None else low_rank_root(self.metric, len(self.metric) // _SMALL_RANK)
 
+    @cached_property
+    def scales(self) -> Tensor | None:
+        """d [n], float64, where F is diag(d), as where the metric is K itself; products with F take no time then."""
+        if self.features is None or self.features.shape != (len(self), len(self)):
+            return None
+        diagonal = self.features.diagonal()
+        return diagonal.double() if self.features.count_nonzero() == diagonal.count_nonzero() else None
+
+    def lifted(self, rows: Sequence[int] | Tensor) -> Tensor:
+        """M f_j of some rows [k, r], float64."""
+        assert self.features is not None
+        index = self._index(rows)
+        if self.scales is None or self.metric is None:
+            return self.lift(self.features[index])
+        return self.scales[index, None] * self.metric[index]
+
     def shift(self, rows: Sequence[int]) -> Tensor:
         """U_S = Σ f_i over some rows, [r], float64; r = 0 without interactions."""
         if self.features is None:
@@ -109,14 +125,20 @@ class Factors:
 
     def products(self, direction: Tensor) -> Tensor:
         """F·direction [n] for a direction [r] in feature space, float64."""
+        if self.scales is not None:
+            return self.scales * direction
         return torch.cat([block @ direction for block in self.blocks()])
 
     def self_interactions(self) -> Tensor:
         """K_jj = f_jᵀ M f_j [n], float64."""
+        if self.scales is not None:
+            return self.scales.square() * (1.0 if self.metric is None else self.metric.diagonal())
         return torch.cat([(block * self.lift(block)).sum(dim=1) for block in self.blocks()])
 
     def norms(self) -> Tensor:
         """Euclidean norm ‖f_j‖ [n], float64."""
+        if self.scales is not None:
+            return self.scales.abs()
         return torch.cat([block.norm(dim=1) for block in self.blocks()])
 
     def largest(self) -> float:
@@ -139,8 +161,10 @@ class Factors:
             scratch = torch.empty_like(block) if scratch is None else scratch
             midway = torch.cumsum(block, 0, out=scratch[: len(block)])
             midway.add_(before).sub_(block, alpha=0.5)  # U_S + ½ f_j
-            torch.sum(midway.mul_(self.lift(block)), dim=1, out=interaction[start : start + len(block)])
-            before, start = before + block.sum(dim=0), start + len(block)
+            stop = start + len(block)
+            lifted = self.lift(block) if self.scales is None else self.lifted(rows[start:stop])
+            torch.sum(midway.mul_(lifted), dim=1, out=interaction[start:stop])
+            before, start = before + block.sum(dim=0), stop
         return first_order, interaction
 
     def _index(self, rows: Sequence[int] | Tensor) -> Tensor:
@@ -332,6 +356,8 @@ def _symmetric(call: str, metric: Tensor) -> Tensor:
     """Metric in float64, the rounding of its own dtype averaged out."""
     rounding = math.sqrt(torch.finfo(metric.dtype).eps) if metric.is_floating_point() else 0.0
     metric = metric.double()
+    if torch.equal(metric, metric.T):
+        return metric
     if (metric - metric.T).abs().max() > rounding * metric.abs().max():
         raise ValueError(
             f"`{call}(metric)`: expected a symmetric matrix, as a Hessian or Fisher is; it need not be definite. "

@@ -236,7 +236,7 @@ class Admission:
             return value
         assert self._shift is not None
         own = self._pool.shift([row])
-        return value + float((self._shift + 0.5 * own) @ self._pool.lift(own))
+        return value + float((self._shift + 0.5 * own) @ self._pool.lifted([row])[0])
 
     def _account(self, row: int) -> None:
         group = int(self._groups[row])

@@ -32,12 +32,17 @@ def plain_fill(pool: Factors, admission: Admission, before: Sequence[int] = ()) 
     alone = 0.5 * pool.self_interactions() - pool.values  # q_j − b_j
     errors = magnitudes(pool.values, norms, size)
     chosen = pool.shift(before)
+    direction = pool.lift(chosen) if pool.scales is None else pool.lifted(before).sum(dim=0)
     while admission.more:
-        direction = pool.lift(chosen)
         scores = -admission.per_cost(-(alone + pool.products(direction)))
         scores[~admission.open] = torch.inf
         off = admission.error_per_cost(ROUNDING * (errors + norms * direction.norm()))
         pick = smallest(scores, off, pool.id_ranks)
-        if admission.take(pick):
+        if not admission.take(pick):
+            continue
+        yield pick
+        if pool.scales is None:
             chosen = chosen + pool.shift([pick])
-            yield pick
+            direction = pool.lift(chosen)
+        else:  # a row of K each, however wide F is
+            direction = direction + pool.lifted([pick])[0]

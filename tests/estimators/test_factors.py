@@ -45,6 +45,44 @@ def test_parts_in_order(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     assert [len(part) for part in pool.in_order([])] == [0, 0]
 
 
+@pytest.mark.parametrize("block", [1, 6 * 4, 2**18])
+@pytest.mark.parametrize("given", [True, False])
+def test_diagonal_features_are_never_multiplied(monkeypatch: pytest.MonkeyPatch, block: int, given: bool) -> None:
+    """What comes from d alone is what the products give; a zero on the diagonal is one of the numbers."""
+    monkeypatch.setattr(factors, "_BLOCK_ON_CPU", block)
+    half = torch.randn(6, 6, generator=torch.Generator().manual_seed(0)).double()
+    features = torch.tensor([2.0, -1.0, 0.0, 0.5, 3.0, 1.0]).diag()
+    pool = Factors.checked("f", torch.arange(6.0), features, half + half.T if given else None)
+    metric = half + half.T if given else torch.eye(6).double()
+    dense, direction = features.double(), torch.arange(6.0).double()
+    pairs = dense @ metric @ dense
+    assert torch.equal(pool.scales, features.diagonal().double())
+    torch.testing.assert_close(pool.products(direction), dense @ direction)
+    torch.testing.assert_close(pool.self_interactions(), pairs.diagonal())
+    torch.testing.assert_close(pool.norms(), dense.norm(dim=1))
+    torch.testing.assert_close(pool.lifted([4, 0]), (dense @ metric)[[4, 0]])
+    expected = [pairs[[5, 1, 4, 0][:k], j].sum() + pairs[j, j] / 2 for k, j in enumerate([5, 1, 4, 0])]
+    torch.testing.assert_close(pool.in_order([5, 1, 4, 0])[1], torch.stack(expected))
+
+
+@pytest.mark.parametrize("features", [torch.eye(4)[:3], torch.eye(4).flip(0), torch.eye(4) + torch.eye(4).roll(1, 0)])
+def test_features_that_are_not_diagonal(features: torch.Tensor) -> None:
+    pool = Factors.checked("f", torch.zeros(len(features)), features, torch.arange(4.0).diag())
+    assert pool.scales is None
+    assert torch.equal(pool.lifted([2, 0]), (features @ torch.arange(4.0).diag())[[2, 0]].double())
+
+
+def test_a_metric_is_taken_as_it_is_or_its_rounding_averaged() -> None:
+    half = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
+    exact = (half + half.T).double()
+    assert torch.equal(Factors.checked("f", torch.zeros(3), torch.ones(3, 5), exact).metric, exact)
+    rounded = exact.clone()
+    rounded[0, 1] += 1e-12
+    found = Factors.checked("f", torch.zeros(3), torch.ones(3, 5), rounded).metric
+    assert torch.equal(found, found.T)
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_one_block_for_many_passes_changes_nothing(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     monkeypatch.setattr(factors, "_BLOCK_ON_CPU", 4 * 7)
