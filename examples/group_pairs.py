@@ -96,12 +96,16 @@ class Training:
     draws where all rows are trained on, from the minimum found there otherwise (so that it is the same one that moves;
     of logistic regression there is but one, which is then found sooner). Other networks take plain SGD as in [IA], a
     ResNet-9 with momentum and a rate that falls to 0 along a cosine, on ``device``.
+
+    With ``further`` epochs a ResNet-9 is trained on all rows first, and so many epochs further with what is left: the
+    same batches, from which rows are missing, so that two runs differ by nothing else.
     """
 
     pair: Pair
     epochs: int
     rate: float
     device: str = "cpu"
+    further: int = 0
     minima: dict[int, nn.Module] = field(default_factory=dict, repr=False, compare=False)
 
     def __call__(self, ids: tuple[int, ...], seed: int) -> float:
@@ -109,11 +113,15 @@ class Training:
 
     def network(self, ids: tuple[int, ...], seed: int) -> nn.Module:
         logistic, everything = self.pair.logistic, len(ids) == len(self.pair.labels)
+        everyone = tuple(range(len(self.pair.labels)))
+        if self.further:
+            if seed not in self.minima:
+                self.minima[seed] = self.sgd(everyone, seed)[-1]
+            return self.onwards(ids, seed, self.minima[seed])
         if not logistic and not self.pair.smooth:
             return self.sgd(ids, seed)[-1]
         seed = 0 if logistic else seed
         if seed not in self.minima:
-            everyone = tuple(range(len(self.pair.labels)))
             self.minima[seed] = self.exact(everyone, None if logistic else self.pair.network(seed))
         return self.minima[seed] if everything else self.exact(ids, self.minima[seed])
 
@@ -166,11 +174,37 @@ class Training:
                 found[-1].load_state_dict(network.state_dict())
         return found
 
+    def onwards(self, ids: tuple[int, ...], seed: int, start: nn.Module) -> nn.Module:
+        """Further from ``start``; every row keeps its weight 1/n, and those that are left out have none."""
+        network, generator = copy.deepcopy(start), torch.Generator().manual_seed(seed)
+        optimizer = torch.optim.SGD(network.parameters(), self.rate, MOMENTUM, weight_decay=self.pair.decay)
+        inputs, labels = self.pair.inputs.to(self.device), self.pair.labels.to(self.device)
+        weights = torch.zeros(len(labels)).index_fill(0, torch.tensor(ids), 1).to(self.device)
+        for epoch in range(1, self.further + 1):
+            optimizer.param_groups[0]["lr"] = cosine(self.rate, epoch, self.further)
+            for batch in torch.randperm(len(labels), generator=generator).to(self.device).split(BATCH):
+                optimizer.zero_grad()
+                losses = F.cross_entropy(network(inputs[batch]), labels[batch], reduction="none")
+                (losses * weights[batch]).mean().backward()
+                optimizer.step()
+        return network
+
+    @property
+    def damping(self) -> float:
+        """Of the estimates: the weight decay, and for a training that goes on for a while only, what that amounts to.
+
+        Gradient flow for a time t moves by (1 - e^(-h t)) / h times the gradient along a direction of curvature h, for
+        which 1 / (h + 1 / t) stands; t is the sum of the learning rates, each over 1 - momentum.
+        """
+        if not self.further:
+            return self.pair.decay
+        steps = -(-len(self.pair.labels) // BATCH)
+        rates = [cosine(self.rate, epoch, self.further) for epoch in range(1, self.further + 1)]
+        return self.pair.decay + (1 - MOMENTUM) / (steps * sum(rates))
+
     def rate_of(self, epoch: int) -> float:
         """Learning rate in an epoch, counted from 1."""
-        if not self.pair.residual:
-            return self.rate
-        return 0.5 * self.rate * (1 + math.cos(math.pi * (epoch - 1) / self.epochs))
+        return cosine(self.rate, epoch, self.epochs) if self.pair.residual else self.rate
 
     def ends(self, checkpoints: int) -> list[int]:
         """Epochs after which checkpoints are kept; fewer where there are fewer epochs."""
@@ -180,6 +214,11 @@ class Training:
         """Mean learning rate of the epochs up to each checkpoint of `sgd`, from the one before it."""
         pairs = itertools.pairwise([0, *self.ends(checkpoints)])
         return [statistics.mean(self.rate_of(epoch + 1) for epoch in range(*pair)) for pair in pairs]
+
+
+def cosine(rate: float, epoch: int, epochs: int) -> float:
+    """A rate that falls to 0; epochs are counted from 1."""
+    return 0.5 * rate * (1 + math.cos(math.pi * (epoch - 1) / epochs))
 
 
 class Residual(nn.Module):

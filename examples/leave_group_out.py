@@ -19,7 +19,9 @@ which is its Hessian. How MLPs are trained decides what can be seen at all:
   effect of a group is small beside that of the seed; "reliability" tells how much so.
 
 ResNet-9 is always trained by SGD, with momentum 0.9, a cosine and a quarter of the epochs, and with GroupNorm, so that
-every example has a loss of its own; its estimates use EK-FAC. On a GPU (--device cuda) several --workers share it.
+every example has a loss of its own. "converged" is then a fifth of these epochs more, from the network that all rows
+give, with all rows and without the group; the damping of its estimates, which use EK-FAC, adds what so short a training
+amounts to. "sgd" trains it from the start each time. On a GPU (--device cuda) a few --workers share it.
 
 --curvature takes another one: ekfac, which has the groups' curvature in its own eigenbasis only. The
 weight decay is the damping. TracIn sums over 5 checkpoints of an SGD run, TRAK projects to at most 512 dimensions; of
@@ -50,7 +52,7 @@ from group_estimates import (
     network_effects,
     probabilities,
 )
-from group_pairs import DECAY, Pair, Training, found_pairs, load_pair
+from group_pairs import DECAY, Training, found_pairs, load_pair
 from torch import Tensor, nn
 
 from lightning_influence import GroupChanges, Retraining, agreement_gain, leave_group_out, neighbour_groups
@@ -72,13 +74,14 @@ def study_split(name: str, args: argparse.Namespace, seed: int) -> list[dict[str
     pair = load_pair(name, args.data, args.rows, args.targets, args.pixels, seed, **own)
     epochs = max(1, args.epochs // 4) if residual else args.epochs
     device = args.device if residual else "cpu"
-    training, everyone = Training(pair, epochs, args.rate, device), tuple(range(len(pair.labels)))
+    further = max(1, epochs // 5) if residual and args.training == "converged" else 0
+    training, everyone = Training(pair, epochs, args.rate, device, further), tuple(range(len(pair.labels)))
     model = training.network(everyone, 0)
     places = probabilities(model, pair.inputs) if pair.outputs > 1 else outputs(model, pair.inputs)
     sizes = [round(share * len(everyone)) for share in args.sizes]
     groups = {size: neighbour_groups(places, size, args.groups, seed=seed) for size in sizes}
     seeds = 1 if logistic else args.seeds
-    predicted = averages([predictions(training, groups, k, args) for k in range(seeds if smooth else 1)])
+    predicted = averages([predictions(training, groups, k, args) for k in range(seeds if smooth or further else 1)])
     print(
         f"\n{name}, split {seed}: {len(everyone)} rows, {sum(p.numel() for p in model.parameters())} parameters, "
         f"target loss {pair.target_loss(model):.4f}; estimates after {time.perf_counter() - start:.0f} s",
@@ -87,7 +90,7 @@ def study_split(name: str, args: argparse.Namespace, seed: int) -> list[dict[str
     retraining = Retraining(
         training,
         path=args.out / f"{name}-{seed}.jsonl",
-        settings=settings(name, args, pair, seed),
+        settings=settings(name, args, training, seed),
         workers=args.workers,
         progress=sys.stderr.isatty(),
     )
@@ -107,7 +110,8 @@ def predictions(
     kind = "exact" if pair.logistic else "ekfac" if pair.residual else args.curvature
     if kind is None:
         kind = "hessian" if pair.smooth and pair.outputs == 1 else "fisher"
-    effects, scores = EFFECTS[kind](pair, model), additive_scores(pair, model, path, training.mean_rates(5))
+    effects = ekfac_effects(pair, model, training.damping) if kind == "ekfac" else EFFECTS[kind](pair, model)
+    scores = additive_scores(pair, model, path, training.mean_rates(5))
     return {size: estimates(effects, scores, of_size) for size, of_size in groups.items()}
 
 
@@ -129,15 +133,15 @@ def outputs(model: nn.Module, inputs: Tensor) -> Tensor:
     return found.cpu()
 
 
-def settings(name: str, args: argparse.Namespace, pair: Pair, seed: int) -> dict[str, Any]:
-    keys = ("rows", "targets", "pixels", "epochs", "rate")
+def settings(name: str, args: argparse.Namespace, training: Training, seed: int) -> dict[str, Any]:
+    keys, pair = ("rows", "targets", "pixels", "epochs", "rate"), training.pair
     return {
         "pair": name,
         **{key: getattr(args, key) for key in keys},
         "seed": seed,
         "smooth": pair.smooth,
         "decay": pair.decay,
-        **({"width": pair.width} if pair.residual else {}),
+        **({"width": pair.width, "further": training.further} if pair.residual else {}),
     }
 
 

@@ -256,6 +256,29 @@ def test_resnet9_is_trained_on_a_device():
     assert [next(network.parameters()).device.type for network in networks] == ["meta", "meta"]
 
 
+def test_resnet9_goes_on_without_a_group_in_the_same_batches():
+    made, ids = load_pair("digits-resnet9", None, 130, 10, 14, 0, width=2), tuple(range(3, 130))
+    training = Training(made, 2, 0.05, further=3)
+    start = training.sgd(tuple(range(130)), 4)[-1]
+    went = training.network(ids, 4)
+    model, batches = start, torch.Generator().manual_seed(4)  # by hand: gradients of sums over the rows that are left
+    momenta = [torch.zeros_like(parameter) for parameter in model.parameters()]
+    for rate in (0.05, 0.0375, 0.0125):
+        for batch in torch.randperm(130, generator=batches).split(64):
+            left = batch[batch >= 3]
+            loss = F.cross_entropy(model(made.inputs[left]), made.labels[left], reduction="sum") / len(batch)
+            gradients = torch.autograd.grad(loss, list(model.parameters()))
+            for parameter, gradient, momentum in zip(model.parameters(), gradients, momenta, strict=True):
+                momentum.mul_(0.9).add_(gradient + DECAY * parameter.detach())
+                parameter.data -= rate * momentum
+    for one, other in zip(went.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+    everyone = training.network(tuple(range(130)), 4)
+    assert any(not torch.equal(a, b) for a, b in zip(everyone.parameters(), went.parameters(), strict=True))
+    assert training.damping == pytest.approx(DECAY + 0.1 / (3 * (0.05 + 0.0375 + 0.0125)))
+    assert Training(made, 2, 0.05).damping == DECAY
+
+
 @pytest.mark.filterwarnings("ignore:.*too few positions")
 def test_resnet9_from_end_to_end(tmp_path):
     options = ["--quick", "--pairs", "digits-resnet9", "--out", str(tmp_path), "--rows", "80", "--targets", "8"]
