@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adamax, Optimizer
+from torch.optim import Adamax, NAdam, Optimizer, RAdam
 from typing_extensions import Self
 
 from lightning_influence.capture import Component, parameter_gradients
@@ -144,10 +145,13 @@ def check_variant(call: str, variant: object) -> None:
 def check_optimizers(model: nn.Module, components: Sequence[Component], optimizers: Iterable[Optimizer]) -> None:
     """Refuse, before the first step, optimizers that will have no Adam moments for some components.
 
+    One that has them and steps otherwise (NAdam, RAdam, AMSGrad) is warned of: its steps are taken for Adam's.
+
     Raises:
         ValueError: Naming the components and why.
     """
     held, problems = _held(optimizers), []
+    others: set[str] = set()
     for component in components:
         for parameter in (model.get_parameter(name) for name in component.parameters):
             found = held.get(id(parameter), [])
@@ -155,10 +159,18 @@ def check_optimizers(model: nn.Module, components: Sequence[Component], optimize
                 problems.append(f"{component.name}: {_count(len(found))}")
             elif not _is_adam(*found[0]):
                 problems.append(f"{component.name}: {type(found[0][0]).__name__} keeps no moments of Adam")
+            elif isinstance(found[0][0], (NAdam, RAdam)) or found[0][1].get("amsgrad"):
+                others.add(type(found[0][0]).__name__ + ("(amsgrad=True)" if found[0][1].get("amsgrad") else ""))
     if problems:
         raise ValueError(
             f"some components will have no Adam moments ({'; '.join(list(dict.fromkeys(problems))[:4])}). Expected "
             "Adam or AdamW for every component; choose others with components=."
+        )
+    if others:
+        warnings.warn(
+            f"{', '.join(sorted(others))} keeps moments as Adam does and steps otherwise: LESS takes the step of Adam "
+            "with these moments. Warm up with Adam or AdamW for that of the paper.",
+            stacklevel=2,
         )
 
 

@@ -196,7 +196,7 @@ class DataSelector(ServedRows):
         """Choose what the next fit trains on.
 
         Batches go through the transfer hooks of the datamodule, or of the module, as in a fit, and for a model that the
-        Trainer has trained into its precision.
+        Trainer has trained into its precision. A hook that draws, as for augmentation, draws anew in every pass.
 
         Args:
             model: The warm-up model, from which the choice is computed. Left as it was; its ``self.log`` does nothing

@@ -159,6 +159,20 @@ def test_optimizers_are_checked_before_the_first_step() -> None:
             check_optimizers(model, components, [wrong])
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "named"),
+    [
+        (torch.optim.NAdam, {}, "NAdam"),
+        (torch.optim.RAdam, {}, "RAdam"),
+        (torch.optim.AdamW, {"amsgrad": True}, r"AdamW\(amsgrad=True\)"),
+    ],
+)
+def test_who_steps_otherwise_than_adam_is_warned_of(kind: Any, options: dict[str, Any], named: str) -> None:
+    model, _ = trained(steps=0)
+    with pytest.warns(UserWarning, match=f"{named} keeps moments as Adam does and steps otherwise"):
+        check_optimizers(model, find_components(model), [kind(model.parameters(), **options)])
+
+
 def test_packing_is_the_inverse_of_taking_apart() -> None:
     model, _ = trained(steps=0)
     for component in find_components(model):
