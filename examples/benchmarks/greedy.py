@@ -1,8 +1,10 @@
 """Exact greedy selection against plain Algorithm 1: time, the same picks, and memory.
 
     python examples/benchmarks/greedy.py [--quick] [--sizes 100000x4096x1000 270000x512x13500] [--plain-steps 20]
+        [--device cuda] [--method auto]
 
-Each run is a process of its own that memory-maps float16 features. Two kinds of features, rows of unit length:
+Each run is a process of its own that memory-maps float16 features, and copies them to the --device if that is a GPU:
+before anything is timed, and for all rivals alike. Two kinds of features, rows of unit length:
 
 - spectrum: 50 clusters of unequal size around a common mean, variances falling like 1 / i, as gradients have;
 - isotropic: independent normal numbers, where no direction leads and bounds can skip nothing.
@@ -18,7 +20,7 @@ it; their totals are the median of a pick times k: an estimate, and called so.
 
 With one thread the seconds are those of the processor, which others that use the machine do not add to. Memory is the
 peak that `select` adds to what is held after a small one has loaded the libraries (Linux only); the pages of the file
-are counted.
+are counted. On a GPU it is the peak of what is allocated there, with the features.
 """
 
 from __future__ import annotations
@@ -29,13 +31,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from devices import clock, runs_on
 from torch import Tensor
 
 from lightning_influence import InteractionGreedy
@@ -43,6 +44,7 @@ from lightning_influence.estimators.factors import Factors
 from lightning_influence.selection.greedy_plain import plain_picks
 
 BLOCK = 4096
+CPU = torch.device("cpu")
 
 
 def write_features(path: Path, kind: str, n: int, d: int) -> None:
@@ -60,23 +62,20 @@ def write_features(path: Path, kind: str, n: int, d: int) -> None:
             file.write((rows / rows.norm(dim=1, keepdim=True)).half().numpy().tobytes())
 
 
-def open_features(path: Path, n: int, d: int) -> np.ndarray[Any, Any]:
-    return np.memmap(path, dtype=np.float16, mode="r", shape=(n, d))
+def open_features(path: str | Path, n: int, d: int, device: torch.device) -> Tensor:
+    """The file itself as memory, or a copy of it on a GPU."""
+    return torch.from_numpy(np.memmap(path, dtype=np.float16, mode="c", shape=(n, d))).to(device)
 
 
-def first_order(features: np.ndarray[Any, Any], kind: str, k: int) -> Tensor:
+def first_order(features: Tensor, kind: str, k: int) -> Tensor:
     n, d = features.shape
     deviations = torch.arange(1, d + 1).rsqrt() if kind == "spectrum" else torch.ones(d)
     v = deviations * torch.randn(d, generator=torch.Generator().manual_seed(1))
-    parts = [torch.tensor(features[i : i + BLOCK]).float() @ v for i in range(0, n, BLOCK)]
+    parts = [features[i : i + BLOCK].float() @ v for i in range(0, n, BLOCK)]
     values = torch.cat(parts).double()
     best = values.topk(k).indices
-    group = sum(torch.tensor(features[part.numpy()]).double().sum(dim=0) for part in best.split(BLOCK))
+    group = sum(features[part].double().sum(dim=0) for part in best.split(BLOCK))
     return values * float(group @ group / values[best].sum())
-
-
-def clock() -> float:
-    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def status_mib(field: str) -> float:
@@ -84,59 +83,68 @@ def status_mib(field: str) -> float:
     return int(line.split()[1]) / 1024
 
 
+def held_mib(device: torch.device) -> float:
+    """What is held now, of the GPU nothing; its peak is forgotten: imports take more than what they leave."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return 0.0
+    Path("/proc/self/clear_refs").write_text("5")
+    return status_mib("VmRSS")
+
+
+def peak_mib(device: torch.device) -> float:
+    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else status_mib("VmHWM")
+
+
 def child(job: dict[str, Any]) -> dict[str, Any]:
     """One run: whole with some method, or single picks of both rivals at given places of a run."""
-    features = open_features(Path(job["features"]), job["n"], job["d"])
-    values = torch.from_numpy(np.load(job["values"]))
+    device = torch.device(job["device"])
+    features = open_features(job["features"], job["n"], job["d"], device)
+    values = torch.from_numpy(np.load(job["values"])).to(device)
     if job["task"] == "float32":
         seconds, picks = float32_picks(values, features, job["k"], [])
         return {"seconds": sum(seconds), "picks": picks}
     if job["task"] == "steps":
         return steps(job, values, features)
-    few = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
+    few = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0)).to(device)
     InteractionGreedy("pruned").select(few[:, 0], few, budget=20)  # loads libraries before memory is measured
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far: imports take more than what they leave
-    before, begun = status_mib("VmRSS"), clock()
+    before, begun = held_mib(device), clock(device)
     selection = InteractionGreedy(job["task"]).select(values, features, budget=job["k"])
-    return {"seconds": clock() - begun, "picks": selection.positions, "peak_mib": status_mib("VmHWM") - before}
+    return {"seconds": clock(device) - begun, "picks": selection.positions, "peak_mib": peak_mib(device) - before}
 
 
-def steps(job: dict[str, Any], values: Tensor, features: np.ndarray[Any, Any]) -> dict[str, Any]:
+def steps(job: dict[str, Any], values: Tensor, features: Tensor) -> dict[str, Any]:
     """Seconds of one pick of either rival, given the picks before it, and the float64 picks."""
     pool = Factors.checked("greedy", values, features)
     found: dict[str, list[Any]] = {"seconds": [], "float32": [], "picks": []}
     for step in job["steps"]:
         ahead = plain_picks(pool, 2, job["picks"][:step])
         first = next(ahead)  # includes what is done once
-        begun = clock()
+        begun = clock(values.device)
         found["picks"].append([first, next(ahead)])
-        found["seconds"].append(clock() - begun)
+        found["seconds"].append(clock(values.device) - begun)
         found["float32"].append(min(float32_picks(values, features, 2, job["picks"][:step])[0]))
     return found
 
 
-def float32_picks(
-    values: Tensor, features: np.ndarray[Any, Any], count: int, before: list[int]
-) -> tuple[list[float], list[int]]:
+def float32_picks(values: Tensor, rows: Tensor, count: int, before: list[int]) -> tuple[list[float], list[int]]:
     """Algorithm 1 in float32: seconds of each pick, and the picks."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        rows = torch.from_numpy(features)
-    size = max(1, 2**19 // rows.shape[1])  # quickest on the processor at hand
-    block = torch.empty(size, rows.shape[1])
+    device, length = rows.device, rows.shape[1]
+    size = max(1, (2**19 if device.type == "cpu" else 2**26) // length)  # quickest on the processor at hand
+    block = torch.empty(size, length, device=device)
     alone = torch.cat([0.5 * part.float().square().sum(dim=1) for part in rows.split(size)]) - values.float()
     alone[before] = torch.inf
-    total = torch.zeros(rows.shape[1])
-    for part in torch.tensor(before, dtype=torch.long).split(size):
+    total = torch.zeros(length, device=device)
+    for part in torch.tensor(before, dtype=torch.long, device=device).split(size):
         total += rows[part].float().sum(dim=0)
     seconds, picks = [], []
     for _ in range(count):
-        begun = clock()
+        begun = clock(device)
         products = [block[: len(part)].copy_(part) @ total for part in rows.split(size)]
         picks.append(int((alone + torch.cat(products)).argmin()))
         alone[picks[-1]] = torch.inf
         total += rows[picks[-1]].float()
-        seconds.append(clock() - begun)
+        seconds.append(clock(device) - begun)
     return seconds, picks
 
 
@@ -151,10 +159,10 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 def compare_whole(job: dict[str, Any]) -> dict[str, Any]:
     """All three from the first to the last pick."""
-    double, single, fast = (run({**job, "task": task}) for task in ("plain", "float32", "pruned"))
+    double, single, fast = (run({**job, "task": task}) for task in ("plain", "float32", job["method"]))
     print(
-        f"  pruned {fast['seconds']:.2f} s, plain {single['seconds']:.2f} s in float32, {double['seconds']:.2f} s in "
-        "float64 (whole runs)"
+        f"  {job['method']} {fast['seconds']:.2f} s, plain {single['seconds']:.2f} s in float32, "
+        f"{double['seconds']:.2f} s in float64 (whole runs)"
     )
     return {
         "fast": fast["seconds"],
@@ -167,11 +175,11 @@ def compare_whole(job: dict[str, Any]) -> dict[str, Any]:
 
 def compare_sampled(job: dict[str, Any], count: int) -> dict[str, Any]:
     """The fast method whole; the plain ones at picks spread over the run, before and after it."""
-    fast = run({**job, "task": "pruned"})
+    fast = run({**job, "task": job["method"]})
     places = sorted({round(i * (job["k"] - 2) / (count - 1)) for i in range(count)})
     parts = [places[::2], places[1::2]]
     first = run({**job, "task": "steps", "picks": fast["picks"], "steps": parts[0]})
-    again = run({**job, "task": "pruned"})
+    again = run({**job, "task": job["method"]})
     second = run({**job, "task": "steps", "picks": fast["picks"], "steps": parts[1]})
     same = fast["picks"] == again["picks"] and all(
         picks == fast["picks"][place : place + 2]
@@ -181,9 +189,9 @@ def compare_sampled(job: dict[str, Any], count: int) -> dict[str, Any]:
     double, single = (statistics.median(first[key] + second[key]) for key in ("seconds", "float32"))
     seconds = statistics.median([fast["seconds"], again["seconds"]])
     print(
-        f"  pruned {seconds:.1f} s (2 whole runs); a plain pick {single:.3f} s in float32, {double:.3f} s in float64 "
-        f"(median of {len(places)} picks, also the ones compared), so about {single * job['k']:.0f} and "
-        f"{double * job['k']:.0f} s for all: estimates"
+        f"  {job['method']} {seconds:.1f} s (2 whole runs); a plain pick {single:.4f} s in float32, "
+        f"{double:.4f} s in float64 (median of {len(places)} picks, also the ones compared), so about "
+        f"{single * job['k']:.1f} and {double * job['k']:.1f} s for all: estimates"
     )
     peak = max(fast["peak_mib"], again["peak_mib"])
     return {
@@ -201,21 +209,24 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["100000x4096x1000", "270000x512x13500"], help="N x d x k")
     parser.add_argument("--kinds", nargs="+", default=["spectrum", "isotropic"])
     parser.add_argument("--plain-steps", type=int, default=20)
+    parser.add_argument("--device", type=runs_on, default="cpu", help="cpu or cuda")
+    parser.add_argument("--method", choices=("pruned", "auto"), default="pruned", help="auto: as `InteractionGreedy()`")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         print(json.dumps(child(json.loads(sys.stdin.read()))))
         return
-    result: dict[str, dict[str, dict[str, Any]]] = {}
+    result: dict[str, Any] = {"device": str(args.device), "method": args.method}
     for size in ["8000x1024x300"] if args.quick else args.sizes:
         n, d, k = (int(part) for part in size.split("x"))
         for kind in args.kinds:
             with tempfile.TemporaryDirectory() as folder:
                 features, values = Path(folder) / "features.bin", Path(folder) / "values.npy"
                 write_features(features, kind, n, d)
-                np.save(values, first_order(open_features(features, n, d), kind, k).numpy())
-                print(f"N={n} d={d} k={k} {kind}, {torch.get_num_threads()} threads")
+                np.save(values, first_order(open_features(features, n, d, CPU), kind, k).numpy())
+                print(f"N={n} d={d} k={k} {kind}, {args.device}, {torch.get_num_threads()} threads", flush=True)
                 job = {"features": str(features), "values": str(values), "n": n, "d": d, "k": k}
+                job |= {"device": str(args.device), "method": args.method}
                 found = compare_whole(job) if args.quick else compare_sampled(job, args.plain_steps)
             figures = {
                 "speedup_plain": round(found["float32"] / found["fast"], 1),

@@ -1,16 +1,17 @@
 """Projected gradients of a pool, written to a file: against bare passes, and against LESS's way.
 
     python examples/benchmarks/pool_gradients.py [--quick] [--rows 16] [--dimensions 8192] [--repeats 3]
+        [--device cuda] [--random-weights]
 
-SmolLM2-135M-Instruct (a small model with --quick), sequences of random tokens (mean 100) of which the second half is
-supervised. Taken in turn, medians printed; with one thread the seconds are those of the processor, which others that
-use the machine do not add to:
+SmolLM2-135M-Instruct (its shape with --random-weights, a small model with --quick), sequences of random tokens (mean
+100) of which the second half is supervised. Taken in turn, medians printed; with one thread the seconds are those of
+the processor, which others that use the machine do not add to:
 
 * all linear layers: a bare forward and backward pass with weight gradients, and ours, `ProjectedDot(LoGra).write`, in
   batches of the same size, float16 on disk;
 * LoRA on the attention layers, which is LESS's recipe: ours, and LESS's way on the first few rows, scaled to all: one
   example at a time, its gradient by a backward pass, projected by traker's BasicProjector (Rademacher) to as many
-  dimensions.
+  dimensions. On a GPU too, where LESS has traker's CudaProjector, which this does not measure.
 
 traker and peft are not dependencies: pip install traker peft
 """
@@ -24,12 +25,12 @@ import random
 import statistics
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from devices import clock, runs_on
 from padding import IGNORED, Row, batches, padded
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -43,14 +44,24 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # the other exampl
 
 from smollm2 import load_smollm2
 
+SHAPE = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
 VOCABULARY = 4096  # tokens that are drawn; the real model has more
 
 
 def model_of(args: argparse.Namespace) -> nn.Module:
-    """The real model, or a small one of its kind with random weights."""
-    if not args.quick:
-        return load_smollm2(args.cache)[0]
+    """The real model, or one of its kind with random weights."""
     torch.manual_seed(0)
+    if not args.quick:
+        own = LlamaForCausalLM(LlamaConfig(**SHAPE)) if args.random_weights else load_smollm2(args.cache)[0]
+        return own.eval().to(args.device)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=192,
@@ -61,7 +72,7 @@ def model_of(args: argparse.Namespace) -> nn.Module:
         tie_word_embeddings=True,
         max_position_embeddings=2048,
     )
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(config).eval().to(args.device)
 
 
 def rows_of(args: argparse.Namespace) -> list[Row]:
@@ -76,9 +87,13 @@ def rows_of(args: argparse.Namespace) -> list[Row]:
     return rows
 
 
+def moved(batch: Row, args: argparse.Namespace) -> Row:
+    return {key: value.to(args.device) for key, value in batch.items()}
+
+
 def bare(model: nn.Module, rows: list[Row], args: argparse.Namespace) -> None:
     for batch in batches(rows, args.positions):
-        model(**batch, use_cache=False).loss.backward()
+        model(**moved(batch, args), use_cache=False).loss.backward()
         model.zero_grad(set_to_none=True)
 
 
@@ -98,19 +113,18 @@ def less(model: nn.Module, rows: list[Row], args: argparse.Namespace) -> None:
     """One example at a time, as in the original code but for its device."""
     trained = [p for p in model.parameters() if p.requires_grad]
     numel = sum(p.numel() for p in trained)
-    projector = BasicProjector(numel, args.dimensions, 0, ProjectionType.rademacher, torch.device("cpu"), 16)
+    projector = BasicProjector(numel, args.dimensions, 0, ProjectionType.rademacher, args.device, 16)
     for row in rows:
-        model(**padded([row]), use_cache=False).loss.backward()
+        model(**moved(padded([row]), args), use_cache=False).loss.backward()
         gradient = torch.cat([p.grad.flatten() for p in trained if p.grad is not None])
         model.zero_grad(set_to_none=True)
         projector.project(gradient[None], model_id=0)
 
 
-def timed(work: Callable[[], object]) -> float:
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    start = clock()
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    start = clock(device)
     work()
-    return clock() - start
+    return clock(device) - start
 
 
 def arguments() -> argparse.Namespace:
@@ -122,6 +136,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--less-rows", type=int, default=1, help="that LESS's way is timed on")
     parser.add_argument("--rank", type=int, default=8, help="of LoRA")
+    parser.add_argument("--device", type=runs_on, default="cpu", help="cpu or cuda")
+    parser.add_argument("--random-weights", action="store_true", help="SmolLM2's shape, without its weights")
     parser.add_argument("--cache", type=Path, default=Path("runs/models"), help="weights of the real model")
     args = parser.parse_args()
     if args.quick:
@@ -144,12 +160,13 @@ def main() -> None:
         "LESS's way": lambda: less(adapted, rows[: args.less_rows], args),
     }
     tokens = sum(len(row["input_ids"]) for row in rows)
-    print(f"{args.rows} rows, {tokens / args.rows:.0f} tokens each; {torch.get_num_threads()} threads")
-    works["ours, LoRA"]()  # warm-up
+    print(f"{args.rows} rows, {tokens / args.rows:.0f} tokens each; {args.device}, {torch.get_num_threads()} threads")
+    for name in works if args.device.type == "cuda" else ["ours, LoRA"]:  # warm-up: a GPU loads its kernels
+        works[name]()
     times: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(args.repeats):
         for name in list(works)[:: 1 if turn % 2 == 0 else -1]:
-            times[name].append(timed(works[name]))
+            times[name].append(timed(works[name], args.device))
         print({name: round(values[-1], 2) for name, values in times.items()}, flush=True)
     seconds = {name: statistics.median(values) for name, values in times.items()}
     seconds["LESS's way"] *= args.rows / args.less_rows
