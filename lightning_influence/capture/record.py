@@ -20,6 +20,7 @@ from lightning_influence.capture.contexts import full_precision
 
 # Elements of one intermediate: 16 MiB of float32, small against a batch's activations, large for a matmul.
 CHUNK = 4 * 1024 * 1024
+TALL = 256  # examples in one product with given matrices, as far as there is room
 
 
 class LayerRecord(ABC):
@@ -132,12 +133,14 @@ class FactoredRecord(LayerRecord):
         q = len(gradients)
         if q * t > q + t:
             return super().contract(gradients)
-        step = max(1, at_once(CHUNK, self.device) // max(1, q * t * o))
+        room = at_once(CHUNK, self.device) // max(1, t * o)
+        step = max(1, min(n, TALL, room))
+        pieces = torch.split(gradients, max(1, room // step))  # fewer matrices at a time, rather than fewer examples
         parts = []
         for part in (self.narrow(k, min(k + step, n)) for k in range(0, n, step)):
-            moved = part.inputs.reshape(-1, i) @ gradients.reshape(q * o, i).mT
-            moved = moved.reshape(len(part), t, q, o)
-            parts.append(torch.einsum("ntqo,nto->qn", moved, part.gradients))
+            inputs = part.inputs.reshape(-1, i)
+            moved = ((inputs @ p.reshape(len(p) * o, i).mT).reshape(len(part), t, len(p), o) for p in pieces)
+            parts.append(torch.cat([torch.einsum("ntqo,nto->qn", one, part.gradients) for one in moved]))
         return torch.cat(parts, dim=1)
 
     @full_precision()

@@ -144,6 +144,26 @@ def test_contractions_take_the_cheaper_way(q: int, t: int, materialised: bool, m
     assert sizes == ([3] if materialised else [])
 
 
+@pytest.mark.parametrize(("q", "t"), [(9, 1), (1, 3), (0, 1)])
+@pytest.mark.parametrize(("elements", "parts"), [(4 * 6 * 3, [4, 1]), (2 * 6 * 3, [2, 2, 1]), (1, [1] * 5)])
+def test_many_matrices_are_split_rather_than_the_examples(
+    q: int, t: int, elements: int, parts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHUNK", elements)
+    monkeypatch.setattr(module, "TALL", 4)
+    record, matrices, sizes = factored(5, t, 5, 6), normal(q, 6, 5), []
+    whole = matrices.flatten(1) @ record.example_gradients().flatten(1).mT
+    narrow = FactoredRecord.narrow
+
+    def counted(self: FactoredRecord, start: int, stop: int) -> FactoredRecord:
+        sizes.append(stop - start)
+        return narrow(self, start, stop)
+
+    monkeypatch.setattr(FactoredRecord, "narrow", counted)
+    torch.testing.assert_close(record.contract(matrices), whole)
+    assert sizes == (parts if t == 3 or elements == 1 else [4, 1])
+
+
 @pytest.mark.parametrize(("t", "materialised"), [(1, False), (15, False), (16, True)])
 def test_norms_take_the_cheaper_way(t: int, materialised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """n t² (i + o) multiplications against n t i o."""
