@@ -127,3 +127,14 @@ def test_a_label_outside_the_head_is_named_and_leaves_the_device_usable():
         assert caught.value.ids == (17,)
     scores = shared.total(GradientDot(model, progress=False).score(TARGETS, POOL))  # a failed kernel would stop this
     assert bool(scores.isfinite().all())
+
+
+def test_a_token_outside_the_vocabulary_is_named_and_leaves_the_device_usable():
+    model, sentences = shared.language_model(DEVICE), shared.Sentences(12, 0)
+    for key in ("input_ids", "labels"):
+        rows = [dict(sentences[k]) for k in range(12)]
+        rows[7] = {**rows[7], key: rows[7][key].clone().index_fill_(0, torch.tensor([7]), 50)}
+        with pytest.raises(UnfitExamplesError, match=r"got (token|label) 50; expected") as caught:
+            GradientDot(model, progress=False).score(sentences, rows)
+        assert caught.value.ids == (7,)
+    assert bool(shared.total(GradientDot(model, progress=False).score(sentences, sentences)).isfinite().all())

@@ -100,6 +100,7 @@ class LanguageModelLoss(ExampleLoss):
     def _logits(self, model: nn.Module, batch: Batch, kept: Tensor | None) -> Tensor:
         labels = cast(Tensor, batch["labels"])
         network = runnable(model)
+        _check_tokens(network, batch)
         # Keys and values kept for generation are of no use here, and a recomputed layer would add them twice.
         settings = {"use_cache": False} if "use_cache" in _arguments(network) else {}
         inputs = {**settings, **{key: value for key, value in batch.items() if key != "labels"}}
@@ -118,6 +119,11 @@ class LanguageModelLoss(ExampleLoss):
         return logits
 
     def _reduced(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        most, tokens = int(labels.amax()) if labels.numel() else IGNORED, logits.shape[-1]
+        if most >= tokens:  # looked up on a GPU, it would end the process
+            raise ValueError(
+                f"LanguageModelLoss: got label {most}; expected token ids below {tokens}, those that the model scores."
+            )
         if _mostly(mask):
             each = token_cross_entropy(logits.flatten(0, 1), labels.flatten()).reshape(mask.shape)
         else:
@@ -125,6 +131,23 @@ class LanguageModelLoss(ExampleLoss):
             each = each.new_zeros(mask.shape).masked_scatter(mask, each)
         total = each.sum(1)
         return total if self.reduction == "sum" else total / mask.sum(1).clamp_min(1)
+
+
+def _check_tokens(network: nn.Module, batch: Mapping[str, object]) -> None:
+    """Refuse tokens that the model does not have: looked up on a GPU, they would end the process."""
+    tokens, find = batch.get("input_ids"), getattr(network, "get_input_embeddings", None)
+    if not isinstance(tokens, Tensor) or not tokens.numel() or find is None:
+        return
+    try:
+        rows = getattr(find(), "num_embeddings", None)
+    except NotImplementedError:  # as models of transformers do that have none
+        return
+    least, most = int(tokens.amin()), int(tokens.amax())
+    if isinstance(rows, int) and not 0 <= least <= most < rows:
+        odd = least if least < 0 else most
+        raise ValueError(
+            f"LanguageModelLoss: got token {odd}; expected input_ids from 0 to {rows - 1}, those that the model embeds."
+        )
 
 
 def _arguments(network: nn.Module) -> Collection[str]:

@@ -145,15 +145,44 @@ def test_the_cache_of_a_generating_model_is_not_filled() -> None:
             r"got labels \[-1\]; expected token ids, or -100 where nothing is predicted. Write labels.masked_fill",
         ),
         (
+            {**text(), "labels": text()["labels"].masked_fill(text()["labels"] == -100, VOCABULARY + 2)},
+            rf"got label {VOCABULARY + 2}; expected token ids below {VOCABULARY}, those that the model scores",
+        ),
+        (
+            {**text(), "input_ids": text()["input_ids"].index_fill(1, torch.tensor([2]), VOCABULARY)},
+            rf"got token {VOCABULARY}; expected input_ids from 0 to {VOCABULARY - 1}, those that the model embeds",
+        ),
+        (
+            {**text(), "input_ids": text()["input_ids"].index_fill(1, torch.tensor([2]), -1)},
+            r"got token -1; expected input_ids from 0",
+        ),
+        (
             {**text(), "labels": text(3, 5)["labels"]},
             r"logits of shape \(3, 7, 23\) for labels \(3, 5\); expected \[n, t, V\]",
         ),
     ],
-    ids=["tensor", "no labels", "one label each", "negative", "other length"],
+    ids=["tensor", "no labels", "one label each", "negative", "no class", "no token", "below", "other length"],
 )
 def test_wrong_batches(batch: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LanguageModelLoss().losses(models.gpt2(), batch)
+
+
+def test_a_model_without_embeddings_takes_what_it_takes() -> None:
+    class Without(torch.nn.Module):
+        def get_input_embeddings(self) -> torch.nn.Module:
+            raise NotImplementedError
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return F.one_hot(input_ids, 60).double()
+
+    batch = {"input_ids": torch.tensor([[50, 51]]), "labels": torch.tensor([[50, 51]])}
+    torch.testing.assert_close(
+        LanguageModelLoss().losses(Without(), batch),
+        torch.tensor([60.0 - 1 + torch.e]).log().double(),
+        rtol=1e-6,
+        atol=0,
+    )
 
 
 def test_wrong_reduction() -> None:
