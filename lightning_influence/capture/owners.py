@@ -72,7 +72,7 @@ def taken(owners: list[Owner], select: Select) -> set[int]:
     """Identities of the parameters to look at; complex ones have no real gradient and are left out.
 
     Raises:
-        ValueError: If a name or expression matches nothing.
+        ValueError: If a name or expression matches nothing, or is no regular expression.
     """
     if select is None:
         return {id(p) for owner in owners for p in _real(owner) if p.requires_grad}
@@ -131,4 +131,10 @@ def _matches(want: str, owner: Owner, kinds: dict[int, str]) -> bool:
         first = next(iter(owner.parameters.values()))
         return kinds[id(first)] == {"all-linear": "linear", "embedding": "embedding"}[want]
     pattern = PRESETS.get(want) or want
-    return any(re.search(pattern, label) is not None for label in owner.labels)
+    try:
+        return any(re.search(pattern, label) is not None for label in owner.labels)
+    except re.error as error:
+        raise ValueError(
+            f"find_components(select={want!r}): this is no regular expression ({error}). Expected one, such as 'lora' or "
+            "'layers.[0-3].mlp', which is looked for anywhere in a module's name: stars of file names are not needed."
+        ) from error

@@ -107,6 +107,15 @@ def test_presets(preset: str, build: object, modules: set[str]) -> None:
     assert {name.split(".")[-2] for name in names} == modules
 
 
+@pytest.mark.parametrize("select", ["*lora*", "layers.[0-3", ["layers.0", "*lora*"]])
+def test_what_is_no_regular_expression(select: object) -> None:
+    want = select if isinstance(select, str) else "*lora*"
+    with pytest.raises(
+        ValueError, match=rf"select={re.escape(repr(want))}\): this is no regular expression \(.* position"
+    ):
+        selected(Mlp(), select)
+
+
 @pytest.mark.parametrize("select", ["nothing", ["layers.0", "nothing"], "lora"])
 def test_a_name_that_matches_nothing(select: object) -> None:
     want = "lora" if select == "lora" else "nothing"
