@@ -135,6 +135,6 @@ def _matches(want: str, owner: Owner, kinds: dict[int, str]) -> bool:
         return any(re.search(pattern, label) is not None for label in owner.labels)
     except re.error as error:
         raise ValueError(
-            f"find_components(select={want!r}): this is no regular expression ({error}). Expected one, such as 'lora' or "
-            "'layers.[0-3].mlp', which is looked for anywhere in a module's name: stars of file names are not needed."
+            f"find_components(select={want!r}): this is no regular expression ({error}). Expected one, such as 'lora' "
+            "or 'layers.[0-3].mlp', which is looked for anywhere in a module's name: no star is needed around it."
         ) from error
