@@ -89,9 +89,20 @@ class Factors:
         """M applied to parameter shifts [..., r], float64."""
         if self.metric is None:
             return shifts.double()
+        if self._moves is not None:
+            places, numbers = self._moves
+            return shifts.double()[..., places] * numbers
         if self._root is None:
             return shifts.double() @ self.metric
         return (shifts.double() @ self._root.T) @ self._root
+
+    @cached_property
+    def _moves(self) -> tuple[Tensor, Tensor] | None:
+        """Place and number [r] of the only entry of each column of M, where it swaps parts of F, or has signs alone."""
+        if self.metric is None or int(self.metric.count_nonzero(dim=0).max()) > 1:
+            return None
+        places = self.metric.abs().argmax(dim=0)
+        return places, self.metric.gather(0, places[None])[0]
 
     @cached_property
     def _root(self) -> Tensor | None:

@@ -45,6 +45,23 @@ def test_parts_in_order(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     assert [len(part) for part in pool.in_order([])] == [0, 0]
 
 
+@pytest.mark.parametrize(
+    "metric",
+    [
+        torch.tensor([1.0, -1.0, 0.0, 2.5]).diag(),
+        torch.eye(4).roll(2, 0),
+        torch.eye(4).flip(0) * torch.tensor([2.0, -3.0, -3.0, 2.0]),
+        torch.zeros(4, 4),
+    ],
+)
+def test_a_metric_that_moves_columns_is_never_multiplied(metric: torch.Tensor) -> None:
+    pool = Factors.checked("f", torch.zeros(30), drawn().features, metric)
+    assert pool._moves is not None
+    for shifts in (torch.randn(5, 4, generator=torch.Generator().manual_seed(1)), torch.arange(4.0).double()):
+        torch.testing.assert_close(pool.lift(shifts), shifts.double() @ metric.double(), rtol=0, atol=0)
+    assert drawn()._moves is None
+
+
 @pytest.mark.parametrize("block", [1, 6 * 4, 2**18])
 @pytest.mark.parametrize("given", [True, False])
 def test_diagonal_features_are_never_multiplied(monkeypatch: pytest.MonkeyPatch, block: int, given: bool) -> None:
