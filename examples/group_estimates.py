@@ -144,12 +144,11 @@ def network_rows(pair: Pair, model: nn.Module, inputs: Tensor, draws: int) -> Te
     return torch.stack(rows, 1) / draws**0.5
 
 
-def ekfac_effects(pair: Pair, model: nn.Module, damping: float | None = None) -> GroupInfluence:
-    """EK-FAC, also of the groups, damped by the weight decay unless told otherwise; Gauss-Newton of the target."""
+def ekfac_effects(pair: Pair, model: nn.Module) -> GroupInfluence:
+    """EK-FAC with the weight decay as its damping, also of the groups; the exact Gauss-Newton matrix of the target."""
     model = copy.deepcopy(model).float()  # as the data is
-    curvature = EKFAC(damping=pair.decay if damping is None else damping)
     influence = GroupInfluence(
-        model, curvature, "gauss-newton", group_curvature="eigenvalues", batch_size=256, progress=False
+        model, EKFAC(damping=pair.decay), "gauss-newton", group_curvature="eigenvalues", batch_size=256, progress=False
     )
     return influence.fit(*datasets(pair))
 

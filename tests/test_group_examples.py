@@ -280,8 +280,10 @@ def test_resnet9_goes_on_without_a_group_in_the_same_batches():
 
 
 @pytest.mark.filterwarnings("ignore:.*too few positions")
-def test_resnet9_from_end_to_end(tmp_path):
+@pytest.mark.parametrize("curvature", ["ekfac", "fisher"])
+def test_resnet9_from_end_to_end(tmp_path, curvature):
     options = ["--quick", "--pairs", "digits-resnet9", "--out", str(tmp_path), "--rows", "80", "--targets", "8"]
+    options += ["--curvature", curvature]
     args = example.parse([*options, "--groups", "3", "--sizes", "0.1", "--epochs", "4", "--width", "2"])
     assert {row["method"] for row in example.study("digits-resnet9", args)} >= {"F", "F+I", "TracIn", "TRAK"}
     assert json.loads((tmp_path / "digits-resnet9-0.jsonl").read_text().splitlines()[0])["settings"]["width"] == 2
@@ -326,6 +328,7 @@ def test_ekfac_estimates_are_those_of_the_library():
         (["--pairs", "mnist-mlp"], "expected --pairs among those whose data is there"),
         (["--sizes", "1.5"], "expected --sizes as shares of the rows"),
         (["--data", "no/such/folder"], "for others give --data DIR"),
+        (["--pairs", "digits-resnet9", "--curvature", "hessian"], "expected --curvature fisher or ekfac for ResNet-9"),
         (["--device", "nowhere"], "expected --device to be one that this machine has"),
     ],
 )
