@@ -39,6 +39,7 @@ from lightning_influence import (
     InfluenceFunction,
     InteractionGreedy,
     Interactions,
+    Newton,
     NewtonGreedy,
     Random,
     TargetRows,
@@ -53,9 +54,9 @@ from lightning_influence.selection import NewtonPool, Selection
 from lightning_influence.selection.pipeline import choose
 
 METHODS = ("random", "additive", "interactions", "basu", "newton")  # basu: first order and his second order, F+B
-# What is found by other rules than the defaults: raw gradients; ridge, weight, and raw or unit gradients by held-out
-# targets.
-MORE = ("newton-raw", "newton-held-out", "interactions-held-out", "normalise-held-out")
+# What is found by other rules than the defaults: the loss of the targets alone, without the pool's; raw gradients;
+# ridge, weight, and raw or unit gradients by held-out targets.
+MORE = ("newton-targets", "newton-raw", "newton-held-out", "interactions-held-out", "normalise-held-out")
 FOLDS, RIDGES = 3, (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 BATCH = 25  # divides every size
 RATE = 0.1
@@ -223,6 +224,8 @@ class Chooser:
 
     def otherwise(self, method: str, size: int) -> Selection:
         """What the defaults decide otherwise."""
+        if method == "newton-targets":
+            return self.newton.select(size, Newton(shrink=False))
         if method == "newton-held-out":
             choice = held_out_ridge(self.newton, size, ridges=RIDGES, folds=FOLDS)
             return self.newton.select(size, NewtonGreedy(choice.best))

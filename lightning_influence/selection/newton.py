@@ -44,6 +44,9 @@ class Newton:
         saturation: Of "saturate": the share of the first gains that the last ones shall still have, in (0, 1).
         folds: Of "held-out": parts of the target examples, each of which is held out once; from 2 to as many as there
             are targets.
+        shrink: Whether the pool counts in the target loss as far as the targets may differ from it by chance
+            (`pool_share`), so that few of them are not overfitted. None: unless the ridge is "saturate", as for the
+            screen.
 
     >>> Newton(ridge="saturate").screens
     False
@@ -57,6 +60,7 @@ class Newton:
     screen: bool | None = None
     saturation: float = 0.05
     folds: int = FOLDS
+    shrink: bool | None = None
 
     def __post_init__(self) -> None:
         if self.ridge not in ("random", "saturate", "held-out") and not _between(self.ridge, 0, math.inf):
@@ -69,8 +73,9 @@ class Newton:
                 f"`Newton(landmarks={self.landmarks!r})`: expected a number of rows as an int >= 0, a share of the "
                 f"pool in (0, 1], or None for what comes without another pass."
             )
-        if type(self.screen) not in (bool, type(None)):
-            raise ValueError(f"`Newton(screen={self.screen!r})`: expected True, False or None.")
+        for name, word in (("screen", self.screen), ("shrink", self.shrink)):
+            if type(word) not in (bool, type(None)):
+                raise ValueError(f"`Newton({name}={word!r})`: expected True, False or None.")
         if not _between(self.saturation, 0, 1):
             raise ValueError(f"`Newton(saturation={self.saturation!r})`: expected a share in (0, 1), such as 0.05.")
         if type(self.folds) is not int or self.folds < 2:
@@ -80,6 +85,11 @@ class Newton:
     def screens(self) -> bool:
         """Whether rows that the others contradict are left out first."""
         return self.ridge != "saturate" if self.screen is None else self.screen
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether the pool counts in the target loss."""
+        return self.ridge != "saturate" if self.shrink is None else self.shrink
 
     def landmarks_of(self, rows: int, room: int = LANDMARKS, call: str = "Newton") -> int:
         """Number of landmarks in a pool.

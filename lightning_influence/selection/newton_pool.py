@@ -27,6 +27,7 @@ from lightning_influence.selection.newton_greedy import NewtonGreedy
 from lightning_influence.selection.ridge_choice import NEARLY, NEARLY_SCREENED, RIDGES, RidgeChoice
 from lightning_influence.selection.saturation import saturating_ridge
 from lightning_influence.selection.selection import Selection
+from lightning_influence.selection.target_shrinkage import pool_share, with_pool
 from lightning_influence.selection.terms import expected_rows, in_numbers
 
 OPPOSED = 1.5  # rows that count as contradicted for each with a negative agreement, as two of three wrong labels have
@@ -45,6 +46,8 @@ class NewtonPool:
         shares: Factor of each target example in the loss that shall fall, [m]; None for the mean.
         ids: Ids of the pool; row numbers when None.
         damping: Of the curvature that they were whitened with, for the description.
+        shrink: Whether the pool counts in the target loss as far as the targets may differ from it by chance
+            (`pool_share`), so that few of them are not overfitted.
     """
 
     features: Tensor
@@ -55,6 +58,7 @@ class NewtonPool:
     shares: Tensor | None = None
     ids: Sequence[Id] | None = None
     damping: str | float | None = None
+    shrink: bool = False
 
     @classmethod
     def scored(
@@ -147,9 +151,15 @@ class NewtonPool:
 
     @cached_property
     def interactions(self) -> Interactions:
-        """The same as values, features and metric, at weight 1."""
+        """The same as values, features and metric, at weight 1; of the mixed loss where targets are shrunk."""
         parts = (self.features, self.targets, self.curvature_targets)
-        return Interactions.from_features(*parts, self.ids, shares=self.shares, damping=self.damping)
+        found = Interactions.from_features(*parts, self.ids, shares=self.shares, damping=self.damping)
+        return with_pool(found, self.pool_share)
+
+    @property
+    def pool_share(self) -> float:
+        """How much the pool counts in the target loss, in [0, 1); 0 unless targets are shrunk."""
+        return pool_share(self.features, self.targets, self.shares, self.unseen) if self.shrink else 0.0
 
     def ridge(self, budget: int | float, *, draws: int = 8, seed: int = 0) -> RidgeChoice:
         """Tries ridges on random selections of the budget's size, which have not looked at the targets.
@@ -253,7 +263,8 @@ class NewtonPool:
         Args:
             budget: Number or share of the pool's rows, or `TokenBudget` with counts.
             rule: `Newton`, whose ridge is found here, on a screened pool the smaller one at 0.95 for "random"; for
-                "held-out" every fold is screened by the targets that it keeps. Its landmarks are those of the pool
+                "held-out" every fold is screened by the targets that it keeps. Whether targets are shrunk is what it
+                says, and with `NewtonGreedy` what the pool does. Its landmarks are those of the pool
                 already. Where no row is predicted to lower the target, "saturate" is "random". `NewtonGreedy` for a
                 ridge of its own; None for ``Newton()``.
             screen: Whether rows that the others contradict are left out first, as far as the budget and the
@@ -272,14 +283,15 @@ class NewtonPool:
         rule = Newton() if rule is None else rule
         admission = self._admission("NewtonPool.select", budget, constraints)
         settled = budget if isinstance(budget, TokenBudget) else resolve_budget(budget, len(self._names))
-        rows, pool = expected_rows(settled, self._names), self
+        rows, shrink = expected_rows(settled, self._names), rule.shrinks if isinstance(rule, Newton) else self.shrink
+        pool = replace(self, shrink=shrink)
         screens = (not isinstance(rule, Newton) or rule.screens) if screen is None else screen
         choice = None
         if isinstance(rule, Newton) and rule.ridge == "held-out":
-            choice = held_out_ridge(self, rows, folds=rule.folds, screen=screens)
+            choice = held_out_ridge(pool, rows, folds=rule.folds, screen=screens)
             rule = replace(rule, ridge=choice.best)
         if screens:
-            pool, settled = self._without(self._opposed(admission)), in_numbers(settled, self._names)
+            pool, settled = pool._without(self._opposed(admission)), in_numbers(settled, self._names)
             if constraints is not None:
                 closed = (~admission.optional).nonzero().flatten().tolist()
                 constraints = constraints.of_part(pool._names, [self._names[row] for row in closed])

@@ -15,7 +15,13 @@ def test_the_screen_is_for_long_training_unless_it_is_asked_for() -> None:
     assert Newton("held-out").screens
     assert [Newton(ridge, screen=True).screens for ridge in ("random", 0.3, "saturate")] == [True] * 3
     assert [Newton(ridge, screen=False).screens for ridge in ("random", 0.3, "saturate")] == [False] * 3
-    assert Newton() == Newton("random", None, None, 0.05, 5)
+    assert Newton() == Newton("random", None, None, 0.05, 5, None)
+
+
+def test_targets_are_shrunk_where_rows_are_screened_unless_it_is_said() -> None:
+    assert [Newton(ridge).shrinks for ridge in ("random", 0.3, "held-out", "saturate")] == [True, True, True, False]
+    assert [Newton(ridge, shrink=True).shrinks for ridge in ("random", 0.3, "saturate")] == [True] * 3
+    assert [Newton(ridge, shrink=False).shrinks for ridge in ("random", 0.3, "saturate")] == [False] * 3
 
 
 @pytest.mark.parametrize(
@@ -44,7 +50,7 @@ RIDGE = "expected 'random', 'saturate', 'held-out'"
         *[({"ridge": ridge}, f"{RIDGE} or a finite number > 0, such as 0.1.") for ridge in ("best", 0, True)],
         *[({"ridge": ridge}, f"{RIDGE} or a finite number > 0, such as 0.1.") for ridge in (1e400, None, -0.1)],
         *[({"landmarks": n}, "expected a number of rows as an int >= 0, a share") for n in (-1, True, 1.5, 0.0, "all")],
-        *[({"screen": word}, "expected True, False or None.") for word in (1, "yes")],
+        *[({name: word}, "expected True, False or None.") for word in (1, "yes") for name in ("screen", "shrink")],
         *[({"saturation": share}, "expected a share in (0, 1), such as 0.05.") for share in (0, 1, "x", True)],
         *[({"folds": folds}, "expected an int >= 2.") for folds in (1, 0, True, 2.0, "all", None)],
     ],

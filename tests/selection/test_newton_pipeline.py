@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,14 +33,16 @@ def model() -> nn.Linear:
 def test_settings_of_the_newton_step_arrive(model: nn.Linear, ridge: Any, landmarks: Any, screen: Any) -> None:
     influence = InfluenceFunction(model, Identity(), normalise=True).fit(POOL)
     number = {None: 120, 0.25: 30}.get(landmarks, landmarks)
+    shrink = None if screen is None else not screen
     problem = NewtonPool.scored(influence, FEW, POOL, landmarks=number, seed=5)
-    screens = ridge != "saturate" if screen is None else screen
+    screens, shrinks = (ridge != "saturate" if word is None else word for word in (screen, shrink))
+    problem = replace(problem, shrink=shrinks)
     pool = problem.screened(12) if screens else problem
     rule = NewtonGreedy(pool.ridge(12).nearly(0.95 if screens else 0.9) if isinstance(ridge, str) else ridge)
     if ridge == "saturate":
         rule = saturating_ridge(pool.interactions, pool.rule(12, rule), 12, 0.3)
     expected = pool.select(12, rule, screen=False)
-    wanted = Newton(ridge, landmarks, screen, saturation=0.3)
+    wanted = Newton(ridge, landmarks, screen, saturation=0.3, shrink=shrink)
     found = selected(model, 12, targets=FEW, rule=wanted, curvature=Identity(), seed=5)
     assert (found.ids, found.rule) == (expected.ids, expected.rule)
     assert found.screened == 120 - len(pool.features) == found.screened
@@ -109,7 +112,7 @@ def test_targets_and_landmarks_are_scored_in_one_pass(model: nn.Linear) -> None:
 def test_the_ridge_by_held_out_targets(model: nn.Linear, target_curvature: Any, screen: bool | None) -> None:
     influence = InfluenceFunction(model, Identity(), normalise=True).fit(POOL)
     told = {"target_curvature": target_curvature, "seed": 5}
-    problem = NewtonPool.scored(influence, TARGETS, POOL, landmarks=9, **told)
+    problem = replace(NewtonPool.scored(influence, TARGETS, POOL, landmarks=9, **told), shrink=True)
     choice = held_out_ridge(problem, 12, folds=4, screen=screen is not False)
     expected = problem.select(12, NewtonGreedy(choice.best), screen=screen)
     rule = Newton("held-out", 9, screen, folds=4)

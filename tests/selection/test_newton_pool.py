@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,8 @@ def test_noise_asks_for_a_larger_ridge() -> None:
 
 
 def test_selecting_without_a_rule_takes_the_ridge_that_was_found() -> None:
-    pool = NewtonPool(normal(30, 8), normal(5, 8, seed=1), ids=[f"row {k:02}" for k in range(30)])
+    names = [f"row {k:02}" for k in range(30)]
+    pool = NewtonPool(normal(30, 8), normal(5, 8, seed=1), ids=names, shrink=True)
     selection = pool.select(0.2, screen=False)
     assert len(selection) == 6
     assert selection.to_dict() == pool.select(6, NewtonGreedy(pool.ridge(6).best), screen=False).to_dict()
@@ -295,7 +297,8 @@ TWO_EACH = {f"row {k}": 2 for k in range(40)}
 @pytest.mark.parametrize("screen", [None, True, False])
 def test_the_ridge_by_held_out_targets_is_that_of_the_function(folds: int, screen: bool | None) -> None:
     """Each fold is screened by the targets that it keeps, the selection itself by all of them."""
-    pool, rule, without = flipped(40, 8), Newton("held-out", folds=folds), Constraints(exclude=["row 30"])
+    pool = replace(flipped(40, 8), shrink=True)
+    rule, without = Newton("held-out", folds=folds), Constraints(exclude=["row 30"])
     choice = held_out_ridge(pool, 10, folds=folds, screen=screen is not False)
     expected = pool.select(10, NewtonGreedy(choice.best), screen=screen)
     found = pool.select(10, rule, screen=screen)
