@@ -283,7 +283,8 @@ class NewtonPool:
         rule = Newton() if rule is None else rule
         admission = self._admission("NewtonPool.select", budget, constraints)
         settled = budget if isinstance(budget, TokenBudget) else resolve_budget(budget, len(self._names))
-        rows, shrink = expected_rows(settled, self._names), rule.shrinks if isinstance(rule, Newton) else self.shrink
+        rows, counted = expected_rows(settled, self._names), len(self.targets)
+        shrink = rule.shrinks(counted) if isinstance(rule, Newton) else self.shrink
         pool = replace(self, shrink=shrink)
         screens = (not isinstance(rule, Newton) or rule.screens) if screen is None else screen
         choice = None

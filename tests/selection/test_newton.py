@@ -18,10 +18,12 @@ def test_the_screen_is_for_long_training_unless_it_is_asked_for() -> None:
     assert Newton() == Newton("random", None, None, 0.05, 5, None)
 
 
-def test_targets_are_shrunk_where_rows_are_screened_unless_it_is_said() -> None:
-    assert [Newton(ridge).shrinks for ridge in ("random", 0.3, "held-out", "saturate")] == [True, True, True, False]
-    assert [Newton(ridge, shrink=True).shrinks for ridge in ("random", 0.3, "saturate")] == [True] * 3
-    assert [Newton(ridge, shrink=False).shrinks for ridge in ("random", 0.3, "saturate")] == [False] * 3
+def test_few_targets_are_shrunk_where_rows_are_screened_unless_it_is_said() -> None:
+    ridges: list[Any] = ["random", 0.3, "held-out", "saturate"]
+    assert [Newton(ridge).shrinks(199) for ridge in ridges] == [True, True, True, False]
+    assert not any(Newton(ridge).shrinks(200) for ridge in ridges)
+    assert all(Newton(ridge, shrink=True).shrinks(200) for ridge in ridges)
+    assert not any(Newton(ridge, shrink=False).shrinks(2) for ridge in ridges)
 
 
 @pytest.mark.parametrize(

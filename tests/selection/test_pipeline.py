@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -146,7 +147,7 @@ def test_the_weight_by_held_out_targets(model: nn.Linear, target_curvature: Any,
 def test_the_newton_step_is_the_pieces_put_together(model: nn.Linear, target_curvature: Any) -> None:
     influence = InfluenceFunction(model, EKFAC(seed=3), normalise=True).fit(POOL)
     told = {"target_curvature": target_curvature, "seed": 3}
-    problem = NewtonPool.scored(influence, TARGETS, POOL, landmarks=120, **told)
+    problem = replace(NewtonPool.scored(influence, TARGETS, POOL, landmarks=120, **told), shrink=True)
     found = selected(model, 12, **told)  # the default rule, which takes all rows of such a pool
     screened = problem.screened(12)
     expected = screened.select(12, NewtonGreedy(screened.ridge(12).nearly(0.95)), screen=False)

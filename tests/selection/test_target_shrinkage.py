@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.estimators.interactions import Interactions
-from lightning_influence.selection import NewtonGreedy, NewtonPool, target_shrinkage
+from lightning_influence.selection import Newton, NewtonGreedy, NewtonPool, target_shrinkage
 from lightning_influence.selection.target_shrinkage import pool_share, with_pool
 from tests import oracles
 from tests.curvature.models import normal
@@ -116,3 +116,11 @@ def test_fewer_targets_are_shrunk_more_than_all_of_them() -> None:
     pool: Any = NewtonPool(normal(200, 50, seed=5), normal(100, 50, seed=6), shrink=True)
     few = NewtonPool(pool.features, pool.targets[:10], shrink=True)
     assert few.pool_share > 0.8 > pool.pool_share > 0.4
+
+
+def test_many_targets_are_not_shrunk_by_default() -> None:
+    few, many = (NewtonPool(POOL, normal(m, 6, seed=7)) for m in (199, 200))
+    for pool, shrink in ((few, True), (many, False)):
+        found = pool.select(6, Newton(0.2, screen=False))
+        assert found.to_dict() == pool.select(6, Newton(0.2, screen=False, shrink=shrink)).to_dict()
+        assert found.gains.tolist() != pool.select(6, Newton(0.2, screen=False, shrink=not shrink)).gains.tolist()
