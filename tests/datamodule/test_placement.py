@@ -50,10 +50,9 @@ def test_transfer_hooks_make_the_batches_that_are_looked_at(model, data):
     torch.manual_seed(1)
     looking, pool, goals = model(), loader(), loader(6, 1)
     settings = {"budget": 5, "curvature": EKFAC(damping=0.1), "progress": False}
-    expected = select_training_data(
-        looking, *(TensorDataset(*turned(*part.dataset.tensors)) for part in (pool, goals)), **settings
-    )
-    raw = select_training_data(looking, pool, goals, **settings)
+    near, far = (TensorDataset(*turned(*part.dataset.tensors)) for part in (pool, goals))
+    expected = select_training_data(looking, near, {"a": far, "b": far}, **settings)
+    raw = select_training_data(looking, pool, {"a": goals, "b": goals}, **settings)
     settings.pop("progress")
     selector = DataSelector(data(pool), {"a": goals, "b": loader(6, 1)}, **settings)
     found = selector.select(looking, progress=False)
