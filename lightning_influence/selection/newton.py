@@ -49,7 +49,8 @@ class Newton:
         shrink: Whether the pool counts in the target loss as far as the targets may differ from it by chance
             (`pool_share`), so that few of them are not overfitted. None: by fewer than 200 targets, unless the ridge
             is "saturate", as for the screen. With 300 it was no better, and with wrong labels in the pool it was
-            worse for 200 of 1000 digits. False suits few targets of one narrow kind better, such as a single class.
+            worse for 200 of 1000 digits. False suits few targets of one narrow kind better, such as a single class, and
+            pools in which many labels are wrong in the same way: those are the pool's own mean.
 
     >>> Newton(ridge="saturate").screens
     False
