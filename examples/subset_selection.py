@@ -54,9 +54,16 @@ from lightning_influence.selection import NewtonPool, Selection
 from lightning_influence.selection.pipeline import choose
 
 METHODS = ("random", "additive", "interactions", "basu", "newton")  # basu: first order and his second order, F+B
-# What is found by other rules than the defaults: the loss of the targets alone, without the pool's; raw gradients;
+# What is found by other rules than the defaults: the loss of the targets alone, mixed with the pool's; raw gradients;
 # ridge, weight, and raw or unit gradients by held-out targets.
-MORE = ("newton-targets", "newton-raw", "newton-held-out", "interactions-held-out", "normalise-held-out")
+MORE = (
+    "newton-targets",
+    "newton-shrunk",
+    "newton-raw",
+    "newton-held-out",
+    "interactions-held-out",
+    "normalise-held-out",
+)
 FOLDS, RIDGES = 3, (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 BATCH = 25  # divides every size
 RATE = 0.1
@@ -224,8 +231,8 @@ class Chooser:
 
     def otherwise(self, method: str, size: int) -> Selection:
         """What the defaults decide otherwise."""
-        if method == "newton-targets":
-            return self.newton.select(size, Newton(shrink=False))
+        if method in ("newton-targets", "newton-shrunk"):
+            return self.newton.select(size, Newton(shrink=method == "newton-shrunk"))
         if method == "newton-held-out":
             choice = held_out_ridge(self.newton, size, ridges=RIDGES, folds=FOLDS)
             return self.newton.select(size, NewtonGreedy(choice.best))
